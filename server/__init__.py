@@ -1,0 +1,1 @@
+"""The rollout server: trees of sampled continuations with rewards, over HTTP."""

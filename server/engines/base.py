@@ -1,0 +1,157 @@
+"""The seam between the service and whatever samples tokens.
+
+An engine takes token ids and gives token ids. It knows nothing of trees, text or rewards. Logprobs are of the
+distribution sampled from: temperature applied, renormalised where top-k or top-p truncates it.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from shared.tree import FinishReason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """What an engine is and where its limits lie."""
+
+    engine: str
+    """`vllm` or `transformers`."""
+    model: str
+    """Directory or hub id of the checkpoint."""
+    dtype: str
+    """`float32` or `bfloat16`."""
+    device: str
+    vocab_size: int
+    max_model_len: int
+    """Most tokens of prompt plus response."""
+    eos_token_ids: tuple[int, ...]
+    """Tokens that end a response; sampled, scored and returned like any other."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateRequest:
+    """`samples` continuations of one token prefix."""
+
+    prompt_token_ids: tuple[int, ...]
+    """[P] at least one token, each below `vocab_size`; P < `max_model_len`."""
+    samples: int
+    max_tokens: int
+    """Most tokens of each continuation; cut further where the context ends."""
+    temperature: float
+    """0 is greedy; logprobs are then those at temperature 1."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 is off."""
+    seed: int
+    """Sample i draws from the stream `seed + i`: callers space the seeds of different requests."""
+    stop: tuple[str, ...] = ()
+    """A hint: an engine may stop early once a stop string is complete; the sampler trims for certain."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """One continuation."""
+
+    token_ids: list[int]
+    """[T] the end token included, where one was sampled."""
+    logprobs: list[float]
+    """[T] behaviour log-probability (nats) of each token."""
+    versions: list[tuple[int, int]]
+    """Run-length spans (weight version, token count); the counts add up to T."""
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerateResult:
+    """All continuations of one request, in the order of their streams."""
+
+    completions: list[Completion]
+    computed_prefill_tokens: int
+    """Prompt tokens that went through the model for this request."""
+    cached_tokens: int
+    """Prompt tokens whose keys and values were reused, summed over the samples."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """One exact set of weights, verified, on this machine's disk."""
+
+    version: int
+    digest: str
+    """Digest of every tensor's name, dtype, shape and bytes; salts the prefix cache."""
+    files: tuple[Path, ...]
+    """safetensors shards in checkpoint (Hugging Face) names, every parameter exactly once; tied ones once."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApplyReport:
+    """Seconds of one weight update."""
+
+    pause_s: float
+    """How long no token was sampled."""
+    apply_s: float
+    """Of these, how long tensors were written."""
+
+
+class Engine(Protocol):
+    """Samples continuations and takes new weights while it runs. Everything runs on one event loop."""
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine is."""
+        ...
+
+    @property
+    def version(self) -> int:
+        """The weight version that the next token will be sampled with; 0 is the initial checkpoint."""
+        ...
+
+    async def generate(self, request: GenerateRequest) -> GenerateResult:
+        """Sample `request.samples` continuations. Cancelling the task aborts them in the engine.
+
+        Raises:
+            RequestError: the request does not fit the engine (empty prompt, unknown token, no room).
+            EngineError: the engine failed.
+        """
+        ...
+
+    async def load_weights(self, weights: Weights) -> ApplyReport:
+        """Swap in new weights between two decode steps.
+
+        Running requests go on afterwards: tokens before the swap are the old version's, tokens after it the new
+        one's, computed from keys and values of the new weights only. All or nothing: on an error the old weights
+        stay and serve.
+
+        Raises:
+            WeightsError: a tensor is missing, unknown, or has another shape.
+        """
+        ...
+
+    async def check(self) -> None:
+        """Prove that the engine still answers, at the cost of one token at most.
+
+        Raises:
+            EngineError: it does not.
+        """
+        ...
+
+    async def close(self) -> None:
+        """Free the model and end every process and thread that the engine started."""
+        ...
+
+
+def spans(versions: Iterable[int]) -> list[tuple[int, int]]:
+    """Run-length spans of per-token versions.
+
+    >>> spans([3, 3, 4])
+    [(3, 2), (4, 1)]
+    """
+    runs: list[tuple[int, int]] = []
+    for version in versions:
+        if runs and runs[-1][0] == version:
+            runs[-1] = (version, runs[-1][1] + 1)
+        else:
+            runs.append((version, 1))
+    return runs

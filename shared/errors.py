@@ -1,0 +1,60 @@
+"""Every error that Spoke raises on purpose.
+
+SpokeError
+├── ConfigError            what the user wrote cannot be used; the commands exit with code 2
+├── RequestError           a request is malformed; HTTP 400/422 with the field named
+├── TreeError              a tree breaks its own rules (a parent after its child, a leaf without a value)
+├── EngineError            the engine failed, or is dead
+├── WeightsError           bytes of a version are missing, damaged or do not fit the model
+└── CoordinationError      Redis is away, or refused
+    ├── LeaseError         another trainer holds the run, or our lease is gone
+    └── FleetError         too few live servers, or they did not follow in time
+"""
+
+
+class SpokeError(Exception):
+    """Base of every error raised on purpose; the message names the value and the remedy."""
+
+
+class ConfigError(SpokeError):
+    """Configuration, argument or environment that cannot be used."""
+
+
+class RequestError(SpokeError):
+    """A request that cannot be served as it stands.
+
+    Args:
+        field: dotted path of the offending field, such as `plan.branch_factors`.
+        detail: what is wrong and how to mend it.
+        status: HTTP status, 422 unless told.
+    """
+
+    def __init__(self, field: str, detail: str, *, status: int = 422) -> None:
+        super().__init__(f"{field}: {detail}")
+        self.field = field
+        self.detail = detail
+        self.status = status
+
+
+class TreeError(SpokeError, ValueError):
+    """A rollout tree that breaks its own rules."""
+
+
+class EngineError(SpokeError):
+    """The engine failed, or is dead."""
+
+
+class WeightsError(SpokeError):
+    """Weights that are missing, damaged, or do not fit the model; the old ones stay in place."""
+
+
+class CoordinationError(SpokeError):
+    """Redis is away, or refused."""
+
+
+class LeaseError(CoordinationError):
+    """Another trainer holds the run, or our lease on it is gone."""
+
+
+class FleetError(CoordinationError):
+    """Too few live servers, or they did not follow in time."""

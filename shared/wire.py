@@ -1,0 +1,139 @@
+"""`POST /rollout_tree`: the request, the plans and the answer (DESIGN.md section 5).
+
+Unknown fields are refused, so that a misspelt option never passes silently.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from shared.tree import RolloutTree
+
+
+class WireModel(BaseModel):
+    """Base of every model on the wire: frozen, unknown fields refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TreePlan(WireModel):
+    """SPO-tree: `branch_factors[d]` children for each live node at depth d."""
+
+    kind: Literal["tree"] = "tree"
+    branch_factors: list[Annotated[int, Field(ge=1, le=256)]] = Field(
+        min_length=1, max_length=16, description="Children of each live node, by depth."
+    )
+    segment_tokens: int = Field(
+        ge=1, description="Most tokens of a segment; children at the last depth run to their end."
+    )
+
+
+class GroupPlan(WireModel):
+    """GRPO, RLOO: `samples` independent whole responses."""
+
+    kind: Literal["group"] = "group"
+    samples: int = Field(ge=1, le=4096)
+
+
+Plan = Annotated[TreePlan | GroupPlan, Field(discriminator="kind")]
+
+
+class Sampling(WireModel):
+    """How tokens are drawn."""
+
+    temperature: float = Field(default=1.0, ge=0.0, le=10.0, description="0 is greedy.")
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    top_k: int = Field(default=0, ge=0, description="0 is off.")
+    max_tokens: int = Field(
+        default=1024, ge=1, description="Bound of the response, prompt to leaf."
+    )
+    stop: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list, max_length=16)
+    seed: int | None = Field(default=None, ge=0, lt=2**63)
+
+
+class Reward(WireModel):
+    """Which reward function grades the leaves, and against what."""
+
+    name: str = Field(min_length=1)
+    reference: str = ""
+    options: dict[str, Any] = Field(
+        default_factory=dict,
+        description="`unfinished`: reward of a response cut by max_tokens (0.0).",
+    )
+
+
+class Message(WireModel):
+    """One chat message."""
+
+    role: str = Field(min_length=1)
+    content: str
+
+
+class RolloutTreeRequest(WireModel):
+    """One prompt, one tree."""
+
+    request_id: str | None = Field(default=None, min_length=1, max_length=200)
+    prompt: str | None = None
+    messages: list[Message] | None = Field(default=None, min_length=1)
+    prompt_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
+    plan: Plan
+    sampling: Sampling = Sampling()
+    reward: Reward | None = Field(default=None, description="Without one, leaves carry no reward.")
+    min_weight_version: int = Field(default=0, ge=0)
+    return_text: bool = True
+
+    @model_validator(mode="after")
+    def _one_prompt(self) -> Self:
+        given = [
+            self.prompt is not None,
+            self.messages is not None,
+            self.prompt_token_ids is not None,
+        ]
+        if sum(given) != 1:
+            raise ValueError("give exactly one of prompt, messages, prompt_token_ids")
+        return self
+
+
+class Usage(WireModel):
+    """Tokens of one tree."""
+
+    prompt_tokens: int
+    sampled_tokens: int
+    computed_prefill_tokens: int
+    cached_tokens: int
+
+
+class WeightVersions(WireModel):
+    """Lowest and highest weight version that sampled a token of the tree."""
+
+    min: int
+    max: int
+
+
+class Timing(WireModel):
+    """Seconds."""
+
+    queue_s: float
+    sample_s: float
+    reward_s: float
+
+
+class RolloutTreeResponse(RolloutTree):
+    """The answer: the tree, and who made it of what."""
+
+    server_id: str
+    model: str
+    usage: Usage
+    weight_versions: WeightVersions
+    timing: Timing
+
+
+class Problem(BaseModel):
+    """`application/problem+json` (RFC 9457)."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+    field: str | None = Field(default=None, description="Dotted path of the offending field.")
+    request_id: str | None = None

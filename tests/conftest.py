@@ -1,0 +1,74 @@
+"""Fixtures that every test may use: the shared folder's data and models, and a real Redis."""
+
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MATERIAL = ROOT.parent / "shared"
+"""Data, models and golden numbers beside the checkout; not the project's own `shared/` package."""
+
+
+def _material(relative: str) -> Path:
+    path = MATERIAL / relative
+    if not path.exists():
+        pytest.skip(f"needs ../shared/{relative}, which is not beside this checkout")
+    return path
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Folder of numbers from the authors' implementation."""
+    return _material("golden")
+
+
+@pytest.fixture(scope="session")
+def tiny_math() -> Path:
+    """A trained Qwen2-shaped model of 0.8 M parameters that runs in both engines."""
+    return _material("models/tiny_math")
+
+
+@pytest.fixture(scope="session")
+def stories() -> Path:
+    """A trained Llama-shaped model of 0.3 M parameters, for transformers only (head size 8)."""
+    return _material("models/stories260k")
+
+
+@pytest.fixture(scope="session")
+def gsm8k() -> Path:
+    """Folder of GSM8K's train.jsonl and test.jsonl."""
+    return _material("data/gsm8k")
+
+
+def free_port() -> int:
+    """A TCP port of the loopback interface that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a real redis-server that lives as long as the test session."""
+    binary = shutil.which("redis-server")
+    if binary is None:
+        pytest.fail("redis-server is not on the PATH: `make setup` installs it by apt when run as root")
+    port = free_port()
+    folder = tmp_path_factory.mktemp("redis")
+    process = subprocess.Popen(
+        [binary, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if "Ready to accept connections" in line:
+            break
+    yield f"redis://127.0.0.1:{port}/0"
+    process.terminate()
+    process.wait(timeout=10)
+    process.stdout.close()
