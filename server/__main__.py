@@ -1,0 +1,142 @@
+"""`python -m server` (also `spoke-server`): parse, check what can be checked at once, then load and serve."""
+
+import argparse
+import asyncio
+import contextlib
+import socket
+import sys
+from collections.abc import Sequence
+
+from server.engines.settings import EngineSettings
+from server.settings import ServerSettings
+from shared.errors import ConfigError, SpokeError
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of a rollout server."""
+    parse = argparse.ArgumentParser(
+        prog="spoke-server",
+        description="A Spoke rollout server: POST /rollout_tree samples trees of continuations.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parse.add_argument
+    add(
+        "--model", required=True, help="checkpoint: a directory in Hugging Face format, or a hub id"
+    )
+    add("--engine", choices=["auto", "vllm", "transformers"], default="auto")
+    add("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    add("--max-model-len", type=int, default=None, help="most tokens of prompt plus response")
+    add("--max-batch", type=int, default=256, help="most sequences that run at once")
+    add("--threads", type=int, default=1, help="torch threads on a CPU")
+    add("--kv-cache-gib", type=float, default=1.0, help="memory for keys and values on a CPU")
+    add(
+        "--gpu-memory-utilization",
+        type=float,
+        default=0.9,
+        help="share of a GPU that vLLM may take",
+    )
+    add("--seed", type=int, default=0, help="of the engine; requests bring their own")
+    add("--host", default="127.0.0.1")
+    add("--port", type=int, default=8000, help="0 takes a free one")
+    add(
+        "--redis-url",
+        default=None,
+        help="follow a run's weights; without it the checkpoint is served alone",
+    )
+    add("--run", default="default", help="name of the run to follow")
+    add(
+        "--store",
+        default=None,
+        help="weight store, where its URL here is not the one that is announced",
+    )
+    add("--advertise-url", default=None, help="how trainers reach this server")
+    add("--server-id", default=None, help="name in the fleet table")
+    add(
+        "--reward",
+        action="append",
+        default=[],
+        metavar="NAME=MODULE:FUNCTION",
+        help="a reward of your own",
+    )
+    add("--reward-workers", type=int, default=1, help="processes that grade")
+    add("--reward-timeout", type=float, default=5.0, help="hard limit for one response, seconds")
+    return parse
+
+
+def settings(arguments: Sequence[str] | None) -> ServerSettings:
+    """Settings from the command line.
+
+    Raises:
+        ConfigError: an argument cannot be used.
+    """
+    args = parser().parse_args(arguments)
+    rewards = []
+    for text in args.reward:
+        name, equals, path = text.partition("=")
+        if not (name and equals and ":" in path):
+            raise ConfigError(f"--reward {text}: write NAME=MODULE:FUNCTION")
+        rewards.append((name, path))
+    own = {} if args.server_id is None else {"server_id": args.server_id}
+    return ServerSettings(
+        engine=args.engine,
+        engine_settings=EngineSettings(
+            model=args.model,
+            dtype=args.dtype,
+            max_model_len=args.max_model_len,
+            device=args.device,
+            threads=args.threads,
+            seed=args.seed,
+            kv_cache_gib=args.kv_cache_gib,
+            max_batch=args.max_batch,
+            gpu_memory_utilization=args.gpu_memory_utilization,
+        ),
+        host=args.host,
+        port=args.port,
+        redis_url=args.redis_url,
+        run=args.run,
+        store=args.store,
+        advertise_url=args.advertise_url,
+        rewards=tuple(rewards),
+        reward_workers=args.reward_workers,
+        reward_timeout_s=args.reward_timeout,
+        **own,
+    )
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket, taken before the model is loaded: a port in use is known at once.
+
+    Raises:
+        ConfigError: the address cannot be had.
+    """
+    try:
+        return socket.create_server((host, port), family=_family(host), backlog=1024)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(
+            f"--host {host} --port {port}: {reason}; choose another --port, or 0"
+        ) from None
+
+
+def _family(host: str) -> socket.AddressFamily:
+    return socket.AF_INET6 if ":" in host else socket.AF_INET
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one server until it is told to stop. Exit codes: 0 stopped, 1 failed, 2 cannot start as configured."""
+    try:
+        chosen = settings(arguments)
+        with contextlib.closing(bind(chosen.host, chosen.port)) as listener:
+            from server.run import serve
+
+            return asyncio.run(serve(chosen, listener))
+    except SpokeError as error:
+        print(f"spoke-server: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

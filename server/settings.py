@@ -1,0 +1,37 @@
+"""What one rollout server is started with."""
+
+import os
+import socket
+import uuid
+from dataclasses import dataclass, field
+
+from server.engines.settings import EngineSettings
+
+
+def _server_id() -> str:
+    return f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSettings:
+    """One server: its engine, its address, and the run whose weights it follows."""
+
+    engine: str
+    """`auto`, `vllm` or `transformers`."""
+    engine_settings: EngineSettings
+    host: str = "127.0.0.1"
+    port: int = 8000
+    """0 takes a free one."""
+    redis_url: str | None = None
+    """None: serve the checkpoint alone and follow nobody."""
+    run: str = "default"
+    store: str | None = None
+    """Weight store, where this server reaches it under another URL than the trainer announces."""
+    advertise_url: str | None = None
+    """How trainers reach this server; None is `http://HOST:PORT`."""
+    server_id: str = field(default_factory=_server_id)
+    rewards: tuple[tuple[str, str], ...] = ()
+    """(name, `module:function`) of the user's own reward functions."""
+    reward_workers: int = 1
+    reward_timeout_s: float = 5.0
+    """Hard limit for one response."""
