@@ -1,0 +1,159 @@
+"""`spoke`: parse first, import what the command needs after."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from shared.errors import SpokeError
+
+REDIS_URL = "redis://127.0.0.1:6379/0"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of the trainer's side."""
+    parse = argparse.ArgumentParser(
+        prog="spoke", description="Segment Policy Optimization as a service: the trainer's side."
+    )
+    commands = parse.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _add_train(commands.add_parser("train", help="train against a fleet"))
+    _add_quickstart(
+        commands.add_parser("quickstart", help="the whole loop on this machine, with its own fleet")
+    )
+    _add_eval(commands.add_parser("eval", help="accuracy on a data set, through the servers"))
+    _add_tree(commands.add_parser("tree", help="sample one tree and print it"))
+    _add_fleet(
+        commands.add_parser("fleet", help="the servers of a run, their versions, state and load")
+    )
+    _add_push(commands.add_parser("push", help="publish a checkpoint as the next version"))
+    _add_warmstart(commands.add_parser("warmstart", help="make the quickstart's first checkpoint"))
+    return parse
+
+
+def _add_overrides(parse: argparse.ArgumentParser) -> None:
+    parse.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+        help="override a setting, such as trainer.learning_rate=1e-6; may be repeated",
+    )  # fmt: skip
+
+
+def _add_train(parse: argparse.ArgumentParser) -> None:
+    parse.add_argument("config", type=Path, help="a TOML file, such as configs/quickstart.toml")
+    parse.add_argument(
+        "--run-dir", type=Path, required=True, help="takes metrics, checkpoints and plots"
+    )
+    parse.add_argument(
+        "--resume", action="store_true", help="go on from the newest checkpoint in --run-dir"
+    )
+    _add_overrides(parse)
+
+
+def _add_quickstart(parse: argparse.ArgumentParser) -> None:
+    parse.add_argument("--config", type=Path, default=Path("configs/quickstart.toml"))
+    parse.add_argument("--run-dir", type=Path, default=None, help="default: runs/NAME-DATE-TIME")
+    parse.add_argument("--seed", type=int, default=None)
+    _add_overrides(parse)
+
+
+def _add_where(parse: argparse.ArgumentParser) -> None:
+    where = parse.add_mutually_exclusive_group(required=True)
+    where.add_argument("--server", metavar="URL", help="one server, such as http://127.0.0.1:8000")
+    where.add_argument("--run", metavar="NAME", help="the servers of a run, found in Redis")
+    parse.add_argument("--redis-url", default=REDIS_URL, help="with --run (%(default)s)")
+
+
+def _add_sampling(parse: argparse.ArgumentParser, temperature: float) -> None:
+    parse.add_argument(
+        "--temperature", type=float, default=temperature, help="0 is greedy (%(default)s)"
+    )
+    parse.add_argument("--max-tokens", type=int, default=1024, help="of a response (%(default)s)")
+    parse.add_argument("--seed", type=int, default=0)
+    parse.add_argument(
+        "--reward", default="gsm8k", help="reward function of the server (%(default)s)"
+    )
+
+
+def _add_eval(parse: argparse.ArgumentParser) -> None:
+    _add_where(parse)
+    parse.add_argument(
+        "--data", required=True, help="gsm8k, FILE.jsonl, problems:heldout, hub:NAME:SPLIT"
+    )
+    parse.add_argument(
+        "--questions", type=int, default=None, help="the first so many; default: all"
+    )
+    parse.add_argument(
+        "--samples", type=int, default=4, help="responses of each question (%(default)s)"
+    )
+    parse.add_argument("--prompt", default="{question}\n", help="template; \\n is a newline")
+    parse.add_argument(
+        "--chat", action="store_true", help="send the prompt through the chat template"
+    )
+    parse.add_argument(
+        "--timeout", type=float, default=600.0, help="bound of one question, seconds"
+    )
+    _add_sampling(parse, 1.0)
+
+
+def _add_tree(parse: argparse.ArgumentParser) -> None:
+    _add_where(parse)
+    parse.add_argument("--prompt", required=True, help="\\n is a newline")
+    parse.add_argument(
+        "--chat", action="store_true", help="send the prompt through the chat template"
+    )
+    parse.add_argument("--branch-factors", default="4,2,2", help="children by depth (%(default)s)")
+    parse.add_argument("--segment-tokens", type=int, default=25, help="(%(default)s)")
+    parse.add_argument(
+        "--reference", default=None, help="the right answer; without it there are no values"
+    )
+    parse.add_argument("--json", action="store_true", help="print the server's answer as it came")
+    _add_sampling(parse, 1.0)
+
+
+def _add_fleet(parse: argparse.ArgumentParser) -> None:
+    parse.add_argument("--redis-url", default=REDIS_URL)
+    parse.add_argument("--run", required=True)
+
+
+def _add_push(parse: argparse.ArgumentParser) -> None:
+    parse.add_argument("model", metavar="MODEL_DIR", help="checkpoint in Hugging Face format")
+    parse.add_argument("--redis-url", default=REDIS_URL)
+    parse.add_argument("--run", required=True)
+    parse.add_argument(
+        "--store", required=True, help="weight store, any fsspec URL that the servers reach"
+    )
+    parse.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
+    parse.add_argument(
+        "--wait", type=float, default=300.0, help="bound of the wait for the fleet, seconds"
+    )
+
+
+def _add_warmstart(parse: argparse.ArgumentParser) -> None:
+    parse.add_argument("--out", type=Path, required=True, help="takes the checkpoint")
+    parse.add_argument("--seed", type=int, default=0)
+    parse.add_argument("--steps", type=int, default=None)
+    parse.add_argument(
+        "--careless", type=float, default=None, help="share of demonstrations with a wrong habit"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Exit codes: 0 done, 1 not all of it, 2 could not (one line says why), 130 interrupted.
+    """
+    args = parser().parse_args(arguments)
+    try:
+        command = importlib.import_module(f"trainer.commands.{args.command}")
+        code: int = command.run(args)
+    except SpokeError as error:
+        print(f"spoke {args.command}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"spoke {args.command}: interrupted", file=sys.stderr)
+        return 130
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""`spoke push MODEL_DIR`: a checkpoint becomes the next version of a run."""
+
+import argparse
+import asyncio
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from shared.coordination import RedisCoordinator
+from shared.fleet import Head, ServerRecord
+from shared.store import FsspecStore
+from trainer.commands.fleet import table
+from trainer.fleet import wait_for_head
+from trainer.policy import load_policy, state_tensors
+from trainer.publish import Publisher, lease
+from trainer.train import DTYPES
+
+
+def run(args: argparse.Namespace) -> int:
+    """Publish, wait for the fleet, print the table. Exit code 1 when a live server did not follow in time."""
+    dtype = checkpoint_dtype(args.model) if args.dtype == "auto" else DTYPES[args.dtype]
+    tensors = state_tensors(load_policy(args.model, dtype), dtype)
+    head, records = asyncio.run(_push(args, tensors, str(dtype).removeprefix("torch.")))
+    console = Console()
+    console.print(f"version {head.version} is the head of run {args.run}", highlight=False)
+    console.print(table(head, records))
+    return 0 if all(head.held_by(record) for record in records) else 1
+
+
+def checkpoint_dtype(model: str) -> torch.dtype:
+    """The dtype that a checkpoint says it is in; float32 where it says none."""
+    from transformers import AutoConfig
+
+    try:
+        found = AutoConfig.from_pretrained(model).dtype
+    except (OSError, ValueError):
+        return torch.float32  # loading the model gives the clear error
+    return found if isinstance(found, torch.dtype) else torch.float32
+
+
+async def _push(
+    args: argparse.Namespace, tensors: dict[str, Tensor], dtype: str
+) -> tuple[Head, list[ServerRecord]]:
+    coordinator = RedisCoordinator(args.redis_url, args.run)
+    try:
+        async with lease(coordinator) as token:
+            publisher = Publisher(
+                store=FsspecStore(args.store, args.run),
+                store_url=args.store,
+                coordinator=coordinator,
+                token=token,
+                run=args.run,
+                dtype=dtype,
+                keep=1,
+            )
+            head = await publisher.publish(await publisher.next_version(), tensors)
+            await wait_for_head(coordinator, head, min_servers=0, timeout_s=args.wait)
+        return head, await coordinator.servers()
+    finally:
+        await coordinator.close()

@@ -1,0 +1,24 @@
+"""`spoke train CONFIG --run-dir DIR`: train against a fleet that runs already."""
+
+import argparse
+import asyncio
+import time
+
+from rich.console import Console
+
+from trainer.config import load
+from trainer.display import Display, show_summary
+from trainer.train import train
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train to the end, then print the tables."""
+
+    console = Console()
+    settings = load(args.config, args.overrides)
+    started = time.monotonic()
+    with Display(f"spoke train: {settings.run}", console) as display:
+        summary = asyncio.run(train(settings, args.run_dir, display, resume=args.resume))
+    summary.started = started
+    show_summary(summary, console)
+    return 0

@@ -1,0 +1,103 @@
+"""What a run tells its user: progress while it runs, a table and a plot at its end."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from trainer.evaluate import Accuracy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measurement:
+    """Accuracy at one moment of a run."""
+
+    step: int
+    """Steps done before it."""
+    elapsed_s: float
+    """Since the run's first step began, measurements included."""
+    sampled: Accuracy
+    greedy: Accuracy | None
+
+
+@dataclass(slots=True, kw_only=True)
+class Summary:
+    """What a run did, filled as it goes."""
+
+    run: str
+    folder: Path
+    steps: int = 0
+    measurements: list[Measurement] = field(default_factory=list)
+    rewards: list[float] = field(default_factory=list)
+    """[steps] mean reward of each step's trees."""
+    sampled_tokens: int = 0
+    """In training; measurements not counted."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """By phase."""
+    versions: dict[str, int] = field(default_factory=dict)
+    """Newest version that each server reached, by server id."""
+    dropped: dict[str, int] = field(default_factory=dict)
+    """Trees lost, by reason."""
+    started: float = field(default_factory=time.monotonic)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the block's seconds to a phase."""
+        begun = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - begun
+
+
+class Reporter(Protocol):
+    """Shows a run to someone."""
+
+    def status(self, text: str) -> None:
+        """What goes on now."""
+        ...
+
+    def step(self, done: int, total: int, values: dict[str, Any]) -> None:
+        """A step is done; `values` is its line of metrics."""
+        ...
+
+    def measured(self, label: str, measurement: Measurement) -> None:
+        """Accuracy was measured."""
+        ...
+
+
+def plot(summary: Summary, path: Path) -> None:
+    """The learning curve: held-out accuracy and mean training reward, by step."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    rewards = [100 * reward for reward in summary.rewards]
+    axes.plot(
+        range(1, len(rewards) + 1), rewards, color="0.75", linewidth=1, label="training reward"
+    )
+    steps = [m.step for m in summary.measurements]
+    means = [100 * m.sampled.mean for m in summary.measurements]
+    errors = [100 * m.sampled.standard_error for m in summary.measurements]
+    axes.errorbar(
+        steps,
+        means,
+        yerr=errors,
+        marker="o",
+        capsize=3,
+        label="held-out pass@1 (temperature of training)",
+    )
+    greedy = [(m.step, 100 * m.greedy.mean) for m in summary.measurements if m.greedy]
+    if greedy:
+        axes.plot(*zip(*greedy, strict=True), "s--", label="held-out greedy")
+    axes.set_xlabel("step")
+    axes.set_ylabel("%")
+    axes.set_title(f"{summary.run}: {summary.sampled_tokens:,} sampled tokens")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)

@@ -1,0 +1,350 @@
+"""The training loop, top to bottom: rollout, advantages, update, publish, measure.
+
+    questions -> trees (fleet) -> segments with advantages -> optimizer updates -> version v+1 -> fleet -> …
+
+Synchronous: the next rollout waits until every live server holds the weights of the last update, so every token
+is sampled by the policy that the update starts from.
+"""
+
+import asyncio
+import contextlib
+import random
+import secrets
+from collections import Counter
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from shared.coordination import Coordinator, RedisCoordinator
+from shared.errors import ConfigError, FleetError, RequestError
+from shared.store import FsspecStore
+from shared.wire import RolloutTreeResponse
+from trainer import checkpoints, metrics
+from trainer.algorithms import Segment, advantages
+from trainer.checkpoints import Progress
+from trainer.config import TrainSettings
+from trainer.data import Draw, Question, load
+from trainer.evaluate import Accuracy, evaluate
+from trainer.fleet import Fleet, registered, wait_for_head, wait_for_servers
+from trainer.optimizer import PolicyOptimizer
+from trainer.packing import optimizer_batches
+from trainer.policy import load_policy, state_tensors
+from trainer.publish import Publisher, lease
+from trainer.report import Measurement, Reporter, Summary, plot
+from trainer.requests import tree_request
+from trainer.update import Learner, UpdateReport
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(slots=True, kw_only=True)
+class Trainer:
+    """One run in progress."""
+
+    settings: TrainSettings
+    learner: Learner
+    fleet: Fleet
+    coordinator: Coordinator
+    publisher: Publisher
+    draw: Draw
+    heldout: list[Question]
+    reporter: Reporter
+    summary: Summary
+    log: metrics.MetricsLog
+    session: str
+    """Part of every request id: a resumed run never gets the trees of the one before it."""
+    progress: Progress
+
+    async def run(self) -> Summary:
+        """Train from where the run stands to its last step."""
+        total = self.settings.trainer.steps
+        self.reporter.status("publishing the first version")
+        await self.publish(await self.publisher.next_version())
+        await self.measure("before")
+        for step in range(self.progress.step, total):
+            values = await self.step(step)
+            self.log.write(step + 1, values)
+            self.reporter.step(step + 1, total, values)
+            await self.finish_step(step + 1)
+        await self.measure("after")
+        return self.summary
+
+    async def step(self, step: int) -> dict[str, Any]:
+        """One iteration; returns its metrics."""
+        before = dict(self.summary.seconds)
+        with self.summary.phase("rollout"):
+            trees, dropped = await self.rollout(step)
+        with self.summary.phase("advantages"):
+            segments = [s for tree in trees for s in advantages(tree, self.settings.algorithm)]
+        with self.summary.phase("update"):
+            # In a thread, so that the lease is renewed meanwhile.
+            updates = await asyncio.to_thread(self.learn, segments, step)
+        await self.publish(self.progress.version + 1)
+        measured = metrics.of_trees(trees)
+        self.progress = Progress(
+            step=step + 1,
+            version=self.progress.version,
+            sampled_tokens=self.progress.sampled_tokens + measured["tokens"]["sampled"],
+        )
+        self.summary.steps = step + 1
+        self.summary.rewards.append(measured["reward"]["mean"])
+        self.summary.sampled_tokens = self.progress.sampled_tokens
+        spent = {name: s - before.get(name, 0.0) for name, s in self.summary.seconds.items()}
+        return {
+            **measured,
+            **metrics.of_segments(segments, trees),
+            **metrics.of_updates(updates),
+            "dropped_trees": dropped,
+            "version": self.progress.version,
+            "sampled_tokens_total": self.progress.sampled_tokens,
+            "seconds": spent,
+        }
+
+    async def rollout(self, step: int) -> tuple[list[RolloutTreeResponse], dict[str, int]]:
+        """One tree for each of the step's questions; (trees, trees dropped by reason).
+
+        A question that the servers refuse is dropped and counted: it would be refused again.
+
+        Raises:
+            FleetError: a tree could not be had in time, or every question was refused.
+        """
+        self.reporter.status("rollout")
+        answers = await asyncio.gather(*(self._tree(step, q) for q in self.draw.step(step)))
+        trees = [answer for answer in answers if isinstance(answer, RolloutTreeResponse)]
+        refusals = [answer for answer in answers if isinstance(answer, RequestError)]
+        if not trees:
+            raise FleetError(
+                f"the servers refused every question of step {step + 1}; one says: {refusals[0]}"
+            )
+        dropped = Counter(refusal.field for refusal in refusals)
+        for reason, count in dropped.items():
+            self.summary.dropped[reason] = self.summary.dropped.get(reason, 0) + count
+        return trees, dict(dropped)
+
+    async def _tree(self, step: int, question: Question) -> RolloutTreeResponse | RequestError:
+        settings = self.settings
+        request = tree_request(
+            question,
+            data=settings.data,
+            reward=settings.reward,
+            plan=settings.rollout.plan,
+            temperature=settings.rollout.temperature,
+            max_tokens=settings.rollout.max_tokens,
+            name=f"{settings.run}/{self.session}/step-{step}",
+            seed=settings.seed * 1_000_003 + step,
+            min_weight_version=self.progress.version,
+        )
+        try:
+            return await self.fleet.rollout_tree(request)
+        except RequestError as error:
+            return error
+
+    def learn(self, segments: Sequence[Segment], step: int) -> list[UpdateReport]:
+        """The step's optimizer updates, each on its share of the trees."""
+        self.reporter.status("update")
+        settings = self.settings.trainer
+        reports = []
+        for epoch in range(settings.epochs):
+            rng = random.Random(f"{self.settings.seed}/{step}/{epoch}")
+            for batch in optimizer_batches(segments, settings.updates_per_step, rng):
+                reports.append(self.learner.update(batch))
+        return reports
+
+    async def publish(self, version: int) -> None:
+        """Hand the weights to the fleet and wait until it holds them."""
+        self.reporter.status(f"publishing version {version}")
+        fleet = self.settings.fleet
+        with self.summary.phase("publish"):
+            tensors = state_tensors(self.learner.policy, DTYPES[fleet.dtype])
+            head = await self.publisher.publish(version, tensors)
+        with self.summary.phase("wait for fleet"):
+            holders = await wait_for_head(
+                self.coordinator, head, min_servers=fleet.min_servers, timeout_s=fleet.wait_s
+            )
+        for record in holders:
+            self.summary.versions[record.server_id] = record.version
+        self.progress = Progress(
+            step=self.progress.step, version=version, sampled_tokens=self.progress.sampled_tokens
+        )
+        await self.publisher.collect(version)
+
+    async def finish_step(self, done: int) -> None:
+        """Checkpoint and measure where it is time to."""
+        settings = self.settings
+        last = done == settings.trainer.steps
+        every = settings.trainer.checkpoint_every
+        if last or (every and done % every == 0):
+            with self.summary.phase("checkpoint"):
+                checkpoints.save(
+                    self.summary.folder,
+                    self.learner.policy,
+                    settings.model.path,
+                    self.learner.optimizer,
+                    self.progress,
+                )
+        if settings.evaluation.every and done % settings.evaluation.every == 0 and not last:
+            await self.measure("during")
+
+    async def measure(self, label: str) -> None:
+        """Held-out accuracy at the training temperature's own setting, and greedily before and after."""
+        evaluation = self.settings.evaluation
+        during = label == "during"
+        questions = self.heldout[: evaluation.questions_during] if during else self.heldout
+        self.reporter.status(f"measuring {len(questions)} held-out questions")
+        with self.summary.phase("measure"):
+            sampled = await self._accuracy(questions, evaluation.samples, evaluation.temperature)
+            greedy = None
+            if evaluation.greedy and not during:
+                greedy = await self._accuracy(questions, 1, 0.0)
+        measurement = Measurement(
+            step=self.progress.step,
+            elapsed_s=sum(self.summary.seconds.values()),
+            sampled=sampled,
+            greedy=greedy,
+        )
+        self.summary.measurements.append(measurement)
+        self.reporter.measured(label, measurement)
+
+    async def _accuracy(
+        self, questions: Sequence[Question], samples: int, temperature: float
+    ) -> Accuracy:
+        return await evaluate(
+            self.fleet,
+            questions,
+            data=self.settings.data,
+            reward=self.settings.reward,
+            samples=samples,
+            temperature=temperature,
+            max_tokens=self.settings.rollout.max_tokens,
+            name=f"{self.settings.run}/{self.session}/eval-{self.progress.step}-{temperature}",
+            # The same seed each time: measurements before and after differ by the weights alone.
+            seed=self.settings.seed,
+            min_weight_version=self.progress.version,
+        )
+
+
+def open_folder(settings: TrainSettings, folder: Path, *, resume: bool) -> None:
+    """Make the run's folder and write its settings into it.
+
+    Raises:
+        ConfigError: a run is in it already and is not to be resumed.
+    """
+    if (folder / "metrics.jsonl").exists() and not resume:
+        raise ConfigError(f"--run-dir {folder}: a run is in it already; give another, or --resume")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(settings.model_dump_json(indent=2))
+
+
+def build_learner(settings: TrainSettings, checkpoint: Path | None) -> tuple[Learner, Progress]:
+    """Policy, reference and optimizer, from the start or from a checkpoint.
+
+    Raises:
+        ConfigError: the model or the checkpoint cannot be loaded.
+    """
+    torch.set_num_threads(settings.model.threads)
+    device = settings.model.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = DTYPES[settings.model.dtype]
+    policy = load_policy(checkpoint or settings.model.path, dtype, device)
+    if settings.model.gradient_checkpointing:
+        policy.gradient_checkpointing_enable()
+    reference = None
+    if settings.trainer.kl_coef > 0 and settings.trainer.kl != "none":
+        reference = load_policy(settings.model.path, dtype, device)
+    optimizer = PolicyOptimizer(
+        policy, settings.trainer, total_steps=settings.trainer.total_updates
+    )
+    progress = Progress(step=0, version=0, sampled_tokens=0)
+    if checkpoint is not None:
+        progress = checkpoints.restore(checkpoint, optimizer)
+    learner = Learner(
+        policy=policy,
+        reference=reference,
+        optimizer=optimizer,
+        settings=settings.trainer,
+        temperature=settings.rollout.temperature,
+        mask_threshold=settings.algorithm.mask_threshold,
+    )
+    return learner, progress
+
+
+@contextlib.asynccontextmanager
+async def _connect(
+    settings: TrainSettings, folder: Path
+) -> AsyncIterator[tuple[RedisCoordinator, Publisher, Fleet]]:
+    """Redis, the lease, the store and the fleet; closed in reverse."""
+    fleet_settings = settings.fleet
+    if fleet_settings.redis_url is None:
+        raise ConfigError(
+            "fleet.redis_url: training needs a Redis; set it with --set fleet.redis_url=redis://…"
+        )
+    url = fleet_settings.store or f"file://{(folder / 'weights').resolve()}"
+    store = FsspecStore(url, settings.run)
+    async with contextlib.AsyncExitStack() as stack:
+        coordinator = RedisCoordinator(fleet_settings.redis_url, settings.run)
+        stack.push_async_callback(coordinator.close)
+        token = await stack.enter_async_context(lease(coordinator))
+        fleet = Fleet(
+            registered(coordinator),
+            concurrency=settings.rollout.concurrency,
+            timeout_s=settings.rollout.timeout_s,
+        )
+        stack.push_async_callback(fleet.close)
+        publisher = Publisher(
+            store=store,
+            store_url=url,
+            coordinator=coordinator,
+            token=token,
+            run=settings.run,
+            dtype=fleet_settings.dtype,
+            keep=fleet_settings.keep_versions,
+        )
+        yield coordinator, publisher, fleet
+
+
+async def train(
+    settings: TrainSettings, folder: Path, reporter: Reporter, *, resume: bool = False
+) -> Summary:
+    """Run a training run to its end.
+
+    Args:
+        settings: of the run.
+        folder: takes metrics, checkpoints and the plot.
+        reporter: shows progress.
+        resume: go on from the newest checkpoint in `folder`.
+
+    Raises:
+        ConfigError: something that the user gave cannot be used.
+        CoordinationError: Redis is away, another trainer holds the run, or the fleet does not follow in time.
+    """
+    open_folder(settings, folder, resume=resume)
+    data = settings.data
+    fields = {"question_field": data.question_field, "answer_field": data.answer_field}
+    questions, heldout = load(data.train, **fields), load(data.heldout, **fields)
+    reporter.status("loading the model")
+    learner, progress = build_learner(settings, checkpoints.newest(folder) if resume else None)
+    with metrics.MetricsLog(folder) as log:
+        async with _connect(settings, folder) as (coordinator, publisher, fleet):
+            reporter.status("waiting for servers")
+            await wait_for_servers(coordinator, settings.fleet.min_servers, settings.fleet.wait_s)
+            trainer = Trainer(
+                settings=settings,
+                learner=learner,
+                fleet=fleet,
+                coordinator=coordinator,
+                publisher=publisher,
+                draw=Draw(questions, settings.rollout.questions, settings.seed),
+                heldout=heldout[: settings.evaluation.questions],
+                reporter=reporter,
+                summary=Summary(run=settings.run, folder=folder),
+                log=log,
+                session=secrets.token_hex(4),
+                progress=progress,
+            )
+            summary = await trainer.run()
+    plot(summary, folder / "learning_curve.png")
+    return summary
