@@ -18,7 +18,7 @@ from server.app import Holder, create_app
 from server.engines import EngineName, choose, open_engine
 from server.engines.base import Engine
 from server.follower import Follower
-from server.rewards import RewardPool
+from server.rewards.pool import RewardPool
 from server.service import RolloutService, Status
 from server.settings import ServerSettings
 from server.tokens import Tokens

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 from server.engines.base import Engine
 from server.idempotency import OnlyOnce
-from server.rewards import RewardPool
+from server.rewards.pool import RewardPool
 from server.sampler import Branch, Sampler
 from server.tokens import Tokens
 from shared.digests import sha256
@@ -66,7 +66,8 @@ class RolloutService:
             EngineError: the engine failed.
         """
         if request.reward is not None:
-            self.rewards.check(request.reward.name, request.reward.reference)
+            reward = request.reward
+            await self.rewards.check(reward.name, reward.reference, reward.options)
         if request.min_weight_version > self.engine.version:
             raise RequestError(
                 "min_weight_version",

@@ -25,6 +25,8 @@ def tensor_entries(path: Path) -> list[TensorEntry]:
             mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data,
         ):
             (length,) = struct.unpack_from("<Q", data)
+            if 8 + length > len(data):
+                raise ValueError("its header is cut short")
             header = json.loads(data[8 : 8 + length])
             header.pop("__metadata__", None)
             return [

@@ -1,12 +1,12 @@
 """Fixtures that every test may use: the shared folder's data and models, and a real Redis."""
 
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 MATERIAL = ROOT.parent / "shared"
@@ -44,19 +44,14 @@ def gsm8k() -> Path:
     return _material("data/gsm8k")
 
 
-def free_port() -> int:
-    """A TCP port of the loopback interface that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="session")
 def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a real redis-server that lives as long as the test session."""
     binary = shutil.which("redis-server")
     if binary is None:
-        pytest.fail("redis-server is not on the PATH: `make setup` installs it by apt when run as root")
+        pytest.fail(
+            "redis-server is not on the PATH: `make setup` installs it by apt when run as root"
+        )
     port = free_port()
     folder = tmp_path_factory.mktemp("redis")
     process = subprocess.Popen(

@@ -1,0 +1,76 @@
+"""The same id and body gives one result, made once; another body is a conflict."""
+
+import asyncio
+
+import pytest
+
+from server.idempotency import OnlyOnce
+from shared.errors import RequestError
+
+
+class Maker:
+    def __init__(self) -> None:
+        self.calls = 0
+        self.go = asyncio.Event()
+
+    async def __call__(self) -> int:
+        self.calls += 1
+        await self.go.wait()
+        return self.calls
+
+
+async def test_two_that_wait_share_one_computation() -> None:
+    once: OnlyOnce[int] = OnlyOnce()
+    make = Maker()
+    both = asyncio.gather(once.get("a", "body", make), once.get("a", "body", make))
+    make.go.set()
+    assert await both == [1, 1]
+    assert await once.get("a", "body", make) == 1
+    assert make.calls == 1
+
+
+async def test_another_body_is_a_conflict() -> None:
+    once: OnlyOnce[int] = OnlyOnce()
+    make = Maker()
+    make.go.set()
+    await once.get("a", "body", make)
+    with pytest.raises(RequestError, match="request_id") as caught:
+        await once.get("a", "other body", make)
+    assert caught.value.status == 409
+
+
+async def test_a_failure_may_be_tried_again() -> None:
+    once: OnlyOnce[int] = OnlyOnce()
+
+    async def fail() -> int:
+        raise OSError("once")
+
+    with pytest.raises(OSError, match="once"):
+        await once.get("a", "body", fail)
+    make = Maker()
+    make.go.set()
+    assert await once.get("a", "body", make) == 1
+
+
+async def test_one_that_leaves_does_not_take_the_result_from_the_other() -> None:
+    once: OnlyOnce[int] = OnlyOnce()
+    make = Maker()
+    leaving = asyncio.create_task(once.get("a", "body", make))
+    staying = asyncio.create_task(once.get("a", "body", make))
+    await asyncio.sleep(0)
+    leaving.cancel()
+    make.go.set()
+    assert await staying == 1
+
+
+async def test_results_are_kept_for_a_bounded_size_and_time() -> None:
+    once: OnlyOnce[int] = OnlyOnce(keep_most=2)
+    make = Maker()
+    make.go.set()
+    for name in "abc":
+        await once.get(name, "body", make)
+    assert await once.get("c", "body", make) == 3
+    assert await once.get("a", "body", make) == 4
+    forgetful: OnlyOnce[int] = OnlyOnce(keep_s=0.0)
+    await forgetful.get("a", "body", make)
+    assert await forgetful.get("a", "body", make) == 6

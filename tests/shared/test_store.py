@@ -1,0 +1,197 @@
+"""The weight store: durable bytes first, manifest last, nothing damaged ever handed out.
+
+1. A version is visible when, and only when, its manifest is there.
+2. A version is never written twice.
+3. A truncated or changed file, a changed manifest, or another version's manifest is refused by name.
+4. The digest of the weights depends on the tensors alone, not on files, order or version.
+"""
+
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from shared.errors import ConfigError, WeightsError
+from shared.manifest import Manifest
+from shared.shards import describe, tensor_entries, verify_tensors
+from shared.store import MANIFEST, FsspecStore
+
+
+def shard(folder: Path, name: str = "weights-00000.safetensors", scale: float = 1.0) -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / name
+    tensors = {
+        "b": np.arange(6, dtype=np.float32).reshape(2, 3) * scale,
+        "a": np.ones(4, np.float16),
+    }
+    save_file(tensors, path)
+    return path
+
+
+def store_with(tmp_path: Path, version: int = 3) -> tuple[FsspecStore, Manifest]:
+    store = FsspecStore(f"file://{tmp_path / 'store'}", "run")
+    path = shard(tmp_path / "made")
+    manifest = describe([path], run="run", version=version, dtype="float32")
+    store.publish(manifest, path.parent)
+    return store, manifest
+
+
+def version_folder(tmp_path: Path) -> Path:
+    return tmp_path / "store" / "run" / "v000003"
+
+
+def test_what_is_published_is_fetched(tmp_path: Path) -> None:
+    store, manifest = store_with(tmp_path)
+    assert store.versions() == [3]
+    assert store.manifest(3) == manifest
+    files = store.fetch(manifest, tmp_path / "fetched")
+    verify_tensors(files, manifest)
+    assert [f.read_bytes() for f in files] == [
+        (tmp_path / "made" / f.name).read_bytes() for f in files
+    ]
+
+
+def test_a_store_in_memory_works_too(tmp_path: Path) -> None:
+    store = FsspecStore(f"memory://{tmp_path.name}", "run")
+    path = shard(tmp_path / "made")
+    manifest = describe([path], run="run", version=0, dtype="float32")
+    store.publish(manifest, path.parent)
+    assert store.versions() == [0]
+    verify_tensors(store.fetch(store.manifest(0), tmp_path / "fetched"), manifest)
+
+
+def test_without_a_manifest_there_is_no_version(tmp_path: Path) -> None:
+    store, _ = store_with(tmp_path)
+    (version_folder(tmp_path) / MANIFEST).unlink()
+    assert store.versions() == []
+    with pytest.raises(WeightsError, match=r"version 3 .* no readable manifest"):
+        store.manifest(3)
+
+
+def test_the_manifest_is_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader that sees the manifest must find every byte that it names, whenever it looks."""
+    store = FsspecStore(f"file://{tmp_path / 'store'}", "run")
+    path = shard(tmp_path / "made")
+    manifest = describe([path], run="run", version=3, dtype="float32")
+    seen: list[list[int]] = []
+    put_file = store._fs.put_file
+
+    def spying(source: str, target: str) -> None:
+        seen.append(store.versions())
+        put_file(source, target)
+        seen.append(store.versions())
+
+    monkeypatch.setattr(store._fs, "put_file", spying)
+    store.publish(manifest, path.parent)
+    assert seen == [[], []]
+    assert store.versions() == [3]
+
+
+def test_a_version_is_never_written_twice(tmp_path: Path) -> None:
+    store, manifest = store_with(tmp_path)
+    with pytest.raises(WeightsError, match=r"version 3 .* already"):
+        store.publish(manifest, tmp_path / "made")
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda data: data[:-1], "bytes, not"),
+        (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "other bytes"),
+    ],
+    ids=["truncated", "bit flipped"],
+)
+def test_damaged_files_are_refused(tmp_path: Path, damage, reason: str) -> None:
+    store, manifest = store_with(tmp_path)
+    stored = version_folder(tmp_path) / manifest.files[0].name
+    stored.write_bytes(damage(stored.read_bytes()))
+    with pytest.raises(WeightsError, match=reason):
+        store.fetch(manifest, tmp_path / "fetched")
+    assert not (tmp_path / "fetched").exists()
+
+
+def test_a_missing_file_is_refused(tmp_path: Path) -> None:
+    store, manifest = store_with(tmp_path)
+    (version_folder(tmp_path) / manifest.files[0].name).unlink()
+    with pytest.raises(WeightsError, match="version 3"):
+        store.fetch(manifest, tmp_path / "fetched")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "reason"),
+    [
+        (b'"version": 3', b'"version": 4', "digest does not match"),
+        (b'"F32"', b'"F16"', "digest does not match"),
+        (b"{", b"", "manifest of version 3"),
+    ],
+)
+def test_a_changed_manifest_is_refused(tmp_path: Path, old: bytes, new: bytes, reason: str) -> None:
+    store, _ = store_with(tmp_path)
+    path = version_folder(tmp_path) / MANIFEST
+    path.write_bytes(path.read_bytes().replace(old, new, 1))
+    with pytest.raises(WeightsError, match=reason):
+        store.manifest(3)
+
+
+def test_another_versions_manifest_is_refused(tmp_path: Path) -> None:
+    store, manifest = store_with(tmp_path)
+    other = version_folder(tmp_path).with_name("v000009")
+    other.mkdir()
+    (other / MANIFEST).write_bytes(manifest.encode())
+    with pytest.raises(WeightsError, match="names run version 3"):
+        store.manifest(9)
+
+
+def test_a_manifest_cannot_point_outside_its_folder(tmp_path: Path) -> None:
+    _, manifest = store_with(tmp_path)
+    evil = manifest.encode().replace(b'"weights-00000.safetensors"', b'"../../secret"')
+    with pytest.raises(WeightsError, match=r"files\.0\.name"):
+        Manifest.decode(evil, run="run", version=3)
+
+
+def test_the_weights_digest_knows_tensors_alone(tmp_path: Path) -> None:
+    one = describe([shard(tmp_path / "x")], run="run", version=3, dtype="float32")
+    two = describe(
+        [shard(tmp_path / "y", "other.safetensors")], run="b", version=7, dtype="float32"
+    )
+    changed = describe([shard(tmp_path / "z", scale=2)], run="run", version=3, dtype="float32")
+    assert one.weights_digest == two.weights_digest
+    assert one.digest != two.digest
+    assert one.weights_digest != changed.weights_digest
+
+
+def test_tensors_are_checked_one_by_one(tmp_path: Path) -> None:
+    path = shard(tmp_path / "x")
+    manifest = describe([path], run="run", version=1, dtype="float32")
+    with pytest.raises(WeightsError, match="tensor b is different"):
+        verify_tensors([shard(tmp_path / "y", scale=2)], manifest)
+    with pytest.raises(WeightsError, match="tensor a is missing"):
+        verify_tensors([], manifest)
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\x00" * 4, struct.pack("<Q", 1 << 40) + b"{}", b"\x02" + b"\x00" * 7 + b"[]"]
+)
+def test_what_is_no_safetensors_file_is_refused(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "bad.safetensors"
+    path.write_bytes(data)
+    with pytest.raises(WeightsError, match="not a whole safetensors file"):
+        tensor_entries(path)
+
+
+def test_deleting_leaves_nothing(tmp_path: Path) -> None:
+    store, _ = store_with(tmp_path)
+    store.delete(3)
+    store.delete(3)
+    assert store.versions() == []
+    assert not version_folder(tmp_path).exists()
+
+
+@pytest.mark.parametrize(
+    ("url", "run"), [("nope://x", "run"), ("file:///tmp/x", "../up"), ("file:///tmp/x", "")]
+)
+def test_unusable_stores_are_named(url: str, run: str) -> None:
+    with pytest.raises(ConfigError, match="weight store"):
+        FsspecStore(url, run)
