@@ -1,4 +1,7 @@
-"""`python -m server` (also `spoke-server`): parse, check what can be checked at once, then load and serve."""
+"""`python -m server` (also `spoke-server`): parse, check what can be checked at once, then load and serve.
+
+Imports little at the top: `--help` answers at once, and every reward process imports this file again.
+"""
 
 import argparse
 import asyncio
@@ -7,9 +10,12 @@ import socket
 import sys
 from collections.abc import Sequence
 
-from server.engines.settings import EngineSettings
-from server.settings import ServerSettings
+from typing import TYPE_CHECKING
+
 from shared.errors import ConfigError, SpokeError
+
+if TYPE_CHECKING:
+    from server.settings import ServerSettings
 
 
 def parser() -> argparse.ArgumentParser:
@@ -59,18 +65,22 @@ def parser() -> argparse.ArgumentParser:
         metavar="NAME=MODULE:FUNCTION",
         help="a reward of your own",
     )
-    add("--reward-workers", type=int, default=1, help="processes that grade")
+    add("--reward-workers", type=int, default=2, help="processes of each reward function in use")
+    add("--reward-memory-gib", type=float, default=2.0, help="address space of each of them")
     add("--reward-timeout", type=float, default=5.0, help="hard limit for one response, seconds")
     return parse
 
 
-def settings(arguments: Sequence[str] | None) -> ServerSettings:
+def settings(arguments: Sequence[str] | None) -> "ServerSettings":
     """Settings from the command line.
 
     Raises:
         ConfigError: an argument cannot be used.
     """
     args = parser().parse_args(arguments)
+    from server.engines.settings import EngineSettings
+    from server.settings import ServerSettings
+
     rewards = []
     for text in args.reward:
         name, equals, path = text.partition("=")
@@ -100,6 +110,7 @@ def settings(arguments: Sequence[str] | None) -> ServerSettings:
         rewards=tuple(rewards),
         reward_workers=args.reward_workers,
         reward_timeout_s=args.reward_timeout,
+        reward_memory_gib=args.reward_memory_gib,
         **own,
     )
 

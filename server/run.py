@@ -155,6 +155,18 @@ async def _engine(settings: ServerSettings, stack: contextlib.AsyncExitStack) ->
     return engine
 
 
+async def _rewards(settings: ServerSettings, stack: contextlib.AsyncExitStack) -> RewardPool:
+    pool = RewardPool(
+        dict(settings.rewards),
+        workers=settings.reward_workers,
+        timeout_s=settings.reward_timeout_s,
+        memory_bytes=int(settings.reward_memory_gib * 2**30),
+    )
+    stack.push_async_callback(pool.close)
+    await pool.start()
+    return pool
+
+
 async def _follow(
     settings: ServerSettings,
     holder: Holder,

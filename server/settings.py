@@ -32,6 +32,9 @@ class ServerSettings:
     server_id: str = field(default_factory=_server_id)
     rewards: tuple[tuple[str, str], ...] = ()
     """(name, `module:function`) of the user's own reward functions."""
-    reward_workers: int = 1
+    reward_workers: int = 2
+    """Processes of each reward function in use."""
     reward_timeout_s: float = 5.0
     """Hard limit for one response."""
+    reward_memory_gib: float = 2.0
+    """Address space of each of these processes."""
