@@ -9,7 +9,6 @@ import contextlib
 import socket
 import sys
 from collections.abc import Sequence
-
 from typing import TYPE_CHECKING
 
 from shared.errors import ConfigError, SpokeError

@@ -1,5 +1,6 @@
 """Fixtures that every test may use: the shared folder's data and models, and a real Redis."""
 
+import os
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -7,6 +8,9 @@ from pathlib import Path
 
 import pytest
 from support import free_port
+
+# Before torch is imported: more threads than cores that are free make it many times slower, not faster.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 ROOT = Path(__file__).resolve().parents[1]
 MATERIAL = ROOT.parent / "shared"

@@ -1,6 +1,19 @@
-"""What tests share beyond fixtures."""
+"""What tests share beyond fixtures: ports, and real server processes."""
 
+import contextlib
+import os
+import signal
 import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+START_S = 120.0
 
 
 def free_port() -> int:
@@ -8,3 +21,54 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@dataclass(frozen=True)
+class ServerProcess:
+    """A real `python -m server` on a real socket."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def wait_ready(self, timeout_s: float = START_S) -> None:
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, f"the server ended:\n{self.log.read_text()}"
+            with contextlib.suppress(httpx.TransportError):
+                if httpx.get(f"{self.url}/readyz", timeout=5.0).status_code == 200:
+                    return
+            time.sleep(0.05)
+        raise TimeoutError(f"the server is not ready:\n{self.log.read_text()}")
+
+
+@contextlib.contextmanager
+def running_server(model: Path, log: Path, *arguments: str) -> Iterator[ServerProcess]:
+    """A server process that is ready when the block begins and gone when it ends."""
+    port = free_port()
+    command = [
+        sys.executable,
+        "-m",
+        "server",
+        "--model",
+        str(model),
+        "--port",
+        str(port),
+        *arguments,
+    ]
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            command, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+            env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=Path(__file__).resolve().parents[1],
+        )  # fmt: skip
+    server = ServerProcess(url=f"http://127.0.0.1:{port}", process=process, log=log)
+    try:
+        server.wait_ready()
+        yield server
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()

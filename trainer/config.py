@@ -2,7 +2,7 @@
 
 import difflib
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -10,8 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from shared.errors import ConfigError
 from shared.manifest import check_run_name
-from shared.wire import Plan
-from trainer.algorithms.base import AlgorithmSettings
+from shared.wire import Plan, TreePlan
+from trainer.algorithms.base import AlgorithmName, AlgorithmSettings
+from trainer.losses import KLEstimator
+from trainer.optimizer import OptimizerSettings
 
 
 class Settings(BaseModel):
@@ -79,34 +81,31 @@ class RolloutSettings(Settings):
     """Bound of one tree, retries included."""
 
 
-class OptimizerSettings(Settings):
-    """The update."""
+class TrainerSettings(OptimizerSettings):
+    """The update, on top of the optimizer's own settings."""
 
     steps: int = Field(ge=1)
     """Iterations: rollout, update, publish."""
     updates_per_step: int = Field(default=1, ge=1)
-    """Optimizer steps an iteration; each sees a share of the trees once."""
+    """Optimizer updates an iteration; each sees its share of the trees."""
     epochs: int = Field(default=1, ge=1)
     """Passes over an iteration's trees."""
-    learning_rate: float = Field(default=1e-6, gt=0.0)
-    warmup_updates: int = Field(default=0, ge=0)
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
-    floor: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Share of the learning rate at the end."""
-    weight_decay: float = Field(default=0.0, ge=0.0)
-    gradient_clip: float = Field(default=1.0, gt=0.0)
-    clip_low: float = Field(default=0.2, gt=0.0)
+    clip_low: float = Field(default=0.2, gt=0.0, lt=1.0)
     clip_high: float = Field(default=0.2, gt=0.0)
-    kl: Literal["k1", "k2", "k3", "none"] = "k3"
+    kl: KLEstimator = KLEstimator.K3
     kl_coef: float = Field(default=1e-4, ge=0.0)
     """0 loads no reference model."""
     whiten: bool = True
-    max_ratio: float = Field(default=10.0, gt=1.0)
-    """A batch whose mean importance ratio is above this is skipped."""
+    """Whiten advantages over the participating tokens of each optimizer batch."""
     token_budget: int = Field(default=16384, ge=1)
     """Most tokens of a micro-batch, padding included."""
     checkpoint_every: int = Field(default=0, ge=0)
     """Steps between checkpoints; 0 is at the end alone."""
+
+    @property
+    def total_updates(self) -> int:
+        """Where the learning-rate schedule ends."""
+        return self.steps * self.updates_per_step * self.epochs
 
 
 class FleetSettings(Settings):
@@ -158,7 +157,7 @@ class TrainSettings(Settings):
     reward: RewardSettings = RewardSettings()
     rollout: RolloutSettings
     algorithm: AlgorithmSettings = AlgorithmSettings()
-    trainer: OptimizerSettings
+    trainer: TrainerSettings
     fleet: FleetSettings = FleetSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     launch: LaunchSettings = LaunchSettings()
@@ -170,10 +169,11 @@ class TrainSettings(Settings):
 
     @model_validator(mode="after")
     def _plan_fits_algorithm(self) -> Self:
-        tree = self.rollout.plan.kind == "tree"
-        if self.algorithm.name != "spo_tree" and tree and len(self.rollout.plan.branch_factors) > 1:  # type: ignore[union-attr]  # `tree` says which plan it is
+        plan = self.rollout.plan
+        deep = isinstance(plan, TreePlan) and len(plan.branch_factors) > 1
+        if deep and self.algorithm.name is not AlgorithmName.SPO_TREE:
             raise ValueError(
-                f"algorithm.name = {self.algorithm.name!r} scores whole responses: "
+                f"algorithm.name = {self.algorithm.name!s} scores whole responses: "
                 'use rollout.plan = { kind = "group", samples = N }'
             )
         return self
@@ -245,10 +245,9 @@ def _known_keys(root: type[BaseModel], location: Sequence[int | str]) -> list[st
     """Keys of the section at `location`."""
     model: Any = root
     for part in location:
-        fields: Mapping[str, Any] = model.model_fields
-        if part in fields:
-            model = fields[str(part)].annotation
-        else:  # the tag of a discriminated union, such as a plan's kind
+        if hasattr(model, "model_fields"):
+            model = model.model_fields[str(part)].annotation
+        else:  # a discriminated union, such as a plan: `part` is the tag
             union: list[Any] = list(get_args(model))
             model = next(m for m in union if m.model_fields["kind"].default == part)
     return sorted(model.model_fields)

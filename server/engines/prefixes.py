@@ -68,7 +68,8 @@ class PrefixStore:
             if common < len(child.tokens):
                 break
             node = child
-        self._stamp(node if not path else path[-1][0])
+        if path:
+            self._stamp(path[-1][0])
         return path
 
     def put(self, tokens: Sequence[int], read: Callable[[int, int], Tensor]) -> None:

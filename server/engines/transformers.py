@@ -1,0 +1,117 @@
+"""The transformers engine: continuous batching on a Hugging Face model inside this process.
+
+The embedded default for a machine without a GPU. One thread owns the model (`worker`), decodes all rows together
+(`batch`), keeps the keys and values of what it has seen (`prefixes`) and takes commands between two steps; this
+module is its face on the event loop.
+"""
+
+import asyncio
+from dataclasses import replace
+
+from server.engines.base import (
+    ApplyReport,
+    EngineInfo,
+    GenerateRequest,
+    GenerateResult,
+    Weights,
+)
+from server.engines.batch import Batch, Times
+from server.engines.model import LanguageModel
+from server.engines.parameters import Staged, stage
+from server.engines.requests import check_request
+from server.engines.rows import Job
+from server.engines.settings import EngineSettings
+from server.engines.worker import Worker
+from shared.errors import EngineError
+
+
+class TransformersEngine:
+    """An `Engine`; see the Protocol for what its methods promise.
+
+    Args:
+        worker: the thread that samples.
+        model: what it has loaded.
+    """
+
+    def __init__(self, worker: Worker, model: LanguageModel) -> None:
+        self._worker = worker
+        self._model: LanguageModel | None = model
+        self._info = model.info
+        self._version = 0
+        self._loading = asyncio.Lock()
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine is."""
+        return self._info
+
+    @property
+    def version(self) -> int:
+        """The weight version that the next token will be sampled with."""
+        return self._version
+
+    async def generate(self, request: GenerateRequest) -> GenerateResult:
+        """Sample `request.samples` continuations. Cancelling the task frees their rows within a step.
+
+        Raises:
+            RequestError: the request does not fit the engine.
+            EngineError: the engine failed, or its weights are broken.
+        """
+        check_request(request, self._info)
+        job = Job(request)
+        self._worker.submit(job)
+        return await asyncio.wrap_future(job.future)
+
+    async def load_weights(self, weights: Weights) -> ApplyReport:
+        """Swap in new weights between two decode steps; running rows are computed anew and go on.
+
+        The files are read and checked in another thread while the old weights go on sampling.
+
+        Raises:
+            WeightsError: the files do not fit the model; the old weights stay.
+            EngineError: the engine failed.
+        """
+        async with self._loading:
+            if self._model is None:
+                raise EngineError("the engine is closed")
+            staged = await asyncio.to_thread(stage, self._model.network, weights.files)
+
+            def swap(batch: Batch, staged: Staged = staged) -> ApplyReport:
+                report = batch.swap(staged, weights.version)
+                self._version = weights.version
+                return report
+
+            return await asyncio.wrap_future(self._worker.call(swap))
+
+    async def check(self) -> None:
+        """Prove that the thread lives and the model gives numbers: one token, beside the batch.
+
+        Raises:
+            EngineError: it does not.
+        """
+        await asyncio.wrap_future(self._worker.call(lambda batch: batch.check()))
+
+    async def times(self) -> Times:
+        """Where the time of all steps so far went."""
+        return await asyncio.wrap_future(self._worker.call(lambda batch: replace(batch.times)))
+
+    async def close(self) -> None:
+        """End the thread and free the model; open requests fail. A second call does nothing."""
+        await asyncio.to_thread(self._worker.close)
+        self._model = None
+
+
+async def open_engine(settings: EngineSettings) -> TransformersEngine:
+    """Load a checkpoint and start the engine's thread.
+
+    Raises:
+        ConfigError: the checkpoint, the device or the limits cannot be had.
+        EngineError: the model does not run exactly on our cache.
+    """
+    worker = Worker(settings)
+    try:
+        model = await asyncio.wrap_future(worker.ready)
+    except BaseException:  # cancelled too: the thread must not live on unseen
+        await asyncio.to_thread(worker.close)
+        raise
+    return TransformersEngine(worker, model)

@@ -1,0 +1,278 @@
+"""The vLLM engine: AsyncLLM in this process, the model in a process of its own."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+from uuid import uuid4
+
+from server.engines import vllm_start
+from server.engines.base import (
+    ApplyReport,
+    Completion,
+    EngineInfo,
+    GenerateRequest,
+    GenerateResult,
+    Weights,
+)
+from server.engines.settings import EngineSettings
+from server.engines.vllm_start import (
+    AsyncLLM,
+    EngineDeadError,
+    RequestOutput,
+    RequestOutputKind,
+    SamplingParams,
+    VLLMClientError,
+    tokens_input,
+)
+from shared.errors import EngineError, RequestError, SpokeError, WeightsError
+from shared.tree import FinishReason
+
+CHECK_SECONDS = 30.0
+"""Longest wait for a sign of life."""
+
+
+class VllmEngine:
+    """`Engine` on vLLM. Belongs to the event loop that it was opened on."""
+
+    def __init__(self, llm: AsyncLLM, info: EngineInfo) -> None:
+        self._opened: AsyncLLM | None = llm
+        self._info = info
+        self._version = 0
+        self._salt = "initial"
+        self._running = 0
+        self._swapping = asyncio.Lock()
+        self._swaps: set[asyncio.Task[ApplyReport]] = set()
+
+    async def prepare(self) -> None:
+        """Prove that the model can be served and updated; before the first request.
+
+        Raises:
+            EngineError: it cannot.
+        """
+        fault = await self._ask("spoke_open")
+        if fault is not None:
+            raise EngineError(fault)
+        await self._llm.update_weight_version(_label(0))
+
+    @property
+    def info(self) -> EngineInfo:
+        """What the engine is."""
+        return self._info
+
+    @property
+    def version(self) -> int:
+        """The weight version that the next token will be sampled with."""
+        return self._version
+
+    async def generate(self, request: GenerateRequest) -> GenerateResult:
+        """Sample `request.samples` continuations; see `Engine.generate`.
+
+        The first sample is a vLLM request of its own and the others are a second one, because vLLM counts reused
+        prompt tokens once a request: the first finds what was in its cache before, the others what the first left
+        there. Of these the count of one stands for all.
+        """
+        self._refuse_misfit(request)
+        prompt = tokens_input(list(request.prompt_token_ids), cache_salt=self._salt)
+        # vLLM refuses several greedy samples: they would all be the same.
+        greedy = request.temperature == 0.0
+        parts = (
+            [(0, 1), (1, request.samples - 1)] if request.samples > 1 and not greedy else [(0, 1)]
+        )
+        self._running += 1
+        try:
+            with _our_errors():
+                settings = [_sampling(request, self._info, *part) for part in parts]
+                answers = await asyncio.gather(*(self._run(prompt, one) for one in settings))
+        finally:
+            self._running -= 1
+        outputs = [output for answer in answers for output in answer.outputs]
+        reused = sum((answer.num_cached_tokens or 0) * len(answer.outputs) for answer in answers)
+        return GenerateResult(
+            completions=[_completion(o) for o in outputs * (request.samples if greedy else 1)],
+            computed_prefill_tokens=len(request.prompt_token_ids) * len(outputs) - reused,
+            cached_tokens=reused,
+        )
+
+    async def load_weights(self, weights: Weights) -> ApplyReport:
+        """Swap in new weights between two decode steps; see `Engine.load_weights`.
+
+        A caller that is cancelled leaves a swap that goes on to its end: half of one would serve new weights
+        under the old version's name.
+        """
+        swap = asyncio.create_task(self._swap(weights))
+        self._swaps.add(swap)
+        swap.add_done_callback(self._swaps.discard)
+        return await asyncio.shield(swap)
+
+    async def check(self) -> None:
+        """Prove that the engine answers: by a token where it is idle, by a word from the worker where it is not.
+
+        A token asked of a full engine would wait for its turn and say nothing; the worker answers between two
+        decode steps, also while sampling is paused.
+
+        Raises:
+            EngineError: vLLM's process is gone, or gave no sign within 30 seconds.
+        """
+        probe = GenerateRequest(
+            prompt_token_ids=(0,), samples=1, max_tokens=1, temperature=0.0, seed=0
+        )
+        try:
+            with _our_errors():
+                async with asyncio.timeout(CHECK_SECONDS):
+                    await self._llm.check_health()
+                    if self._running or self._swaps:
+                        await self._ask("spoke_ping")
+                    else:
+                        await self.generate(probe)
+        except TimeoutError as error:
+            raise EngineError(f"vLLM gave no sign of life in {CHECK_SECONDS:.0f} s") from error
+
+    async def close(self) -> None:
+        """End vLLM's process and its task on this loop. A second call does nothing."""
+        await asyncio.gather(*self._swaps, return_exceptions=True)
+        # Dropped here and not with this object: vLLM's destructor fails where it runs at the interpreter's end.
+        llm, self._opened = self._opened, None
+        if llm is None:
+            return
+        if llm.output_handler is not None:
+            llm.output_handler.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await llm.output_handler
+        llm.output_processor.propagate_error(EngineDeadError())  # to requests that still run
+        await asyncio.to_thread(llm.shutdown)
+
+    @property
+    def _llm(self) -> AsyncLLM:
+        if self._opened is None:
+            raise EngineError("the engine is closed")
+        return self._opened
+
+    async def _run(self, prompt: Any, params: SamplingParams) -> RequestOutput:  # noqa: ANN401 - vLLM's input
+        """The one, final output of a vLLM request. Cancelling aborts it."""
+        final = None
+        async for output in self._llm.generate(prompt, params, request_id=uuid4().hex):
+            final = output
+        assert final is not None, "vLLM ended a request without an output"
+        return final
+
+    async def _swap(self, weights: Weights) -> ApplyReport:
+        files = [str(file) for file in weights.files]
+        async with self._swapping:
+            with _our_errors():
+                # Before the pause, so that weights that do not fit disturb no request.
+                if (misfit := await self._ask("spoke_check", files)) is not None:
+                    raise WeightsError(f"version {weights.version}: {misfit}")
+                began = time.perf_counter()
+                try:
+                    # Keys and values of running requests go too and are computed again: kept ones would be the
+                    # old weights'. No token is sampled until the version is named, so that spans are exact.
+                    await self._llm.pause_generation(mode="keep", clear_cache=True)
+                    apply_s = await self._ask("spoke_load", files)
+                    await self._llm.update_weight_version(_label(weights.version))
+                    self._version, self._salt = weights.version, weights.digest
+                finally:
+                    await self._llm.resume_generation()
+            return ApplyReport(pause_s=time.perf_counter() - began, apply_s=apply_s)
+
+    async def _ask(self, method: str, *args: object) -> Any:  # noqa: ANN401 - what the method returns
+        """The one worker's answer to a method of `vllm_worker.WeightLoader`."""
+        return (await self._llm.collective_rpc(method, args=args))[0]
+
+    def _refuse_misfit(self, request: GenerateRequest) -> None:
+        """Raise for what vLLM would refuse, or quietly take otherwise than it is meant."""
+        info, tokens = self._info, request.prompt_token_ids
+        if not tokens:
+            raise RequestError("prompt_token_ids", "is empty; give at least one token")
+        if odd := [
+            token for token in (min(tokens), max(tokens)) if not 0 <= token < info.vocab_size
+        ]:
+            raise RequestError(
+                "prompt_token_ids", f"{odd[0]} is not one of the {info.vocab_size} tokens"
+            )
+        if len(tokens) >= info.max_model_len:
+            raise RequestError(
+                "prompt_token_ids",
+                f"{len(tokens)} tokens leave no room for a response in {info.max_model_len}",
+            )
+        if request.samples < 1 or request.max_tokens < 1:
+            raise RequestError("samples", "samples and max_tokens must be at least 1")
+        if not 0 <= request.seed < 2**63 - request.samples:
+            raise RequestError("seed", f"{request.seed} is not between 0 and 2^63 - samples")
+
+
+async def open_engine(settings: EngineSettings) -> VllmEngine:
+    """Start vLLM. Blocks the event loop while it does (8-40 s): open an engine before serving from the loop.
+
+    Raises:
+        EngineError: vLLM does not run here, or not this checkpoint, or not in a way that takes new weights.
+    """
+    llm = None
+    try:
+        llm, info = vllm_start.start(settings)
+        engine = VllmEngine(llm, info)
+        await engine.prepare()
+        return engine
+    except Exception as error:  # vLLM's start raises every kind of error; the caller needs one line
+        if llm is not None:
+            llm.shutdown()
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise EngineError(f"vLLM cannot open {settings.model}: {line}") from error
+
+
+def _sampling(
+    request: GenerateRequest, info: EngineInfo, first: int, samples: int
+) -> SamplingParams:
+    """vLLM's settings for samples `first` to `first + samples - 1` of a request."""
+    return SamplingParams(
+        n=samples,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        top_k=request.top_k,
+        seed=request.seed + first,  # vLLM's sample i draws from seed + i, as ours does
+        max_tokens=request.max_tokens,
+        # The end tokens of `info`, all of them and no others: vLLM would take the tokenizer's alone.
+        ignore_eos=True,
+        stop_token_ids=list(info.eos_token_ids),
+        stop=list(request.stop),
+        detokenize=bool(request.stop),
+        logprobs=0,  # that of the sampled token, and no alternatives
+        flat_logprobs=True,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _completion(output: Any) -> Completion:  # noqa: ANN401 - vLLM's CompletionOutput
+    if output.finish_reason not in set(FinishReason):
+        raise EngineError(f"vLLM finished a request by {output.finish_reason!r}")
+    return Completion(
+        token_ids=list(output.token_ids),
+        logprobs=list(output.logprobs.logprobs) if output.logprobs is not None else [],
+        versions=[
+            (int(span.version.removeprefix("v")), span.end - span.start)
+            for span in output.weight_versions or ()
+            if span.end > span.start
+        ],
+        finish_reason=FinishReason(output.finish_reason),
+    )
+
+
+def _label(version: int) -> str:
+    """vLLM's name of a weight version."""
+    return f"v{version}"
+
+
+@contextlib.contextmanager
+def _our_errors() -> Iterator[None]:
+    """Turn what vLLM raises into errors of ours."""
+    try:
+        yield
+    except (SpokeError, TimeoutError):
+        raise
+    except VLLMClientError as error:
+        raise RequestError("sampling", str(error)) from error
+    except (
+        Exception
+    ) as error:  # the edge to vLLM's process, which sends its errors as bare Exceptions
+        raise EngineError(f"vLLM failed: {error}") from error

@@ -1,0 +1,134 @@
+"""Starting vLLM: its environment, its settings, its process. The one file that imports vllm in the main process.
+
+Pinned to vLLM 0.32: the start method, the worker extension and the unpacked CPU weights lean on its insides, and
+opening an engine checks each of them. Run on the CPU build; what is set for a GPU is vLLM's defaults plus ours,
+and is not run by this project's tests.
+"""
+# ruff: noqa: E402 - torch and vLLM read the environment when they are imported
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+import torch
+from transformers import AutoConfig
+
+CPU = torch.version.cuda is None and torch.version.hip is None
+"""Whether this machine's build of torch, and so of vLLM, is the one for CPUs."""
+_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+if CPU:
+    # Two processes instead of three, and no C++ compiler at the first logprob.
+    _ENVIRONMENT |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1"}
+for _name, _value in _ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)
+
+from vllm import SamplingParams
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.exceptions import VLLMClientError
+from vllm.inputs import tokens_input
+from vllm.outputs import RequestOutput
+from vllm.platforms import current_platform
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from server.engines.base import EngineInfo
+from server.engines.settings import EngineSettings
+from shared.errors import EngineError
+
+__all__ = [
+    "AsyncLLM",
+    "EngineDeadError",
+    "RequestOutput",
+    "RequestOutputKind",
+    "SamplingParams",
+    "VLLMClientError",
+    "start",
+    "start_method",
+    "tokens_input",
+]
+
+
+def start(settings: EngineSettings) -> tuple[AsyncLLM, EngineInfo]:
+    """Start vLLM's process and load the model; blocks for 8 to 40 seconds.
+
+    Raises:
+        EngineError: this build of vLLM does not run on the device asked for.
+        Exception: whatever vLLM raises.
+    """
+    built_for = "cpu" if CPU else "cuda"
+    if settings.device not in ("auto", built_for):
+        raise EngineError(f"this vLLM is built for {built_for}, not for {settings.device}")
+    os.environ["OMP_NUM_THREADS"] = str(settings.threads)  # for a process that starts afresh
+    torch.set_num_threads(settings.threads)  # for one that is forked
+    config = _arguments(settings).create_engine_config()
+    if CPU:
+        # Only now: creating the configuration sets `spawn`, which imports everything a second time.
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = start_method()
+    with warnings.catch_warnings():
+        # vLLM's own deprecations, here and in a forked child, mean nothing to whoever starts a server.
+        warnings.filterwarnings("ignore", module=r"vllm\.|torch\.")
+        llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+    return llm, _info(settings, config)
+
+
+def start_method() -> str:
+    """How the CPU engine's process starts: `fork`, 10 seconds quicker, where this process has one thread.
+
+    Else `spawn`: a forked child has none of its parent's other threads, but every lock that they held.
+    `SPOKE_VLLM_START` decides otherwise.
+    """
+    tasks = Path("/proc/self/task")
+    alone = tasks.is_dir() and len(list(tasks.iterdir())) == 1
+    return os.environ.get("SPOKE_VLLM_START") or ("fork" if alone else "spawn")
+
+
+def _arguments(settings: EngineSettings) -> AsyncEngineArgs:
+    model = AutoConfig.from_pretrained(settings.model)
+    args: dict[str, Any] = {
+        "model": settings.model,
+        "dtype": settings.dtype,
+        "seed": settings.seed,
+        "max_model_len": settings.max_model_len,
+        "max_num_seqs": settings.max_batch,
+        "enable_prefix_caching": True,
+        "logprobs_mode": "processed_logprobs",
+        "worker_extension_cls": "server.engines.vllm_worker.WeightLoader",
+        "use_tqdm_on_load": False,
+        "disable_log_stats": True,
+    }
+    if settings.dtype == "auto" and model.dtype in (torch.float32, torch.bfloat16):
+        args["dtype"] = str(model.dtype).removeprefix("torch.")  # vLLM's auto would halve float32
+    if CPU:
+        longest = settings.max_model_len or model.get_text_config().max_position_embeddings
+        args |= {
+            "enforce_eager": True,
+            "block_size": 32,
+            "kv_cache_memory_bytes": int(settings.kv_cache_gib * 2**30),
+            # A prompt cut into pieces kills the engine where its request has a seed: vLLM turns back the
+            # generator of a sample that it drops, and generators of the CPU cannot be turned back.
+            "enable_chunked_prefill": False,
+            "max_num_batched_tokens": max(4096, longest, settings.max_batch),
+        }
+    else:
+        args["gpu_memory_utilization"] = settings.gpu_memory_utilization
+    return AsyncEngineArgs(**args)
+
+
+def _info(settings: EngineSettings, config: VllmConfig) -> EngineInfo:
+    model = config.model_config
+    ends = model.try_get_generation_config().get("eos_token_id")
+    if ends is None:
+        ends = getattr(model.hf_text_config, "eos_token_id", None)
+    return EngineInfo(
+        engine="vllm",
+        model=settings.model,
+        dtype=str(model.dtype).removeprefix("torch."),
+        device="cpu" if CPU else current_platform.get_device_name(),
+        vocab_size=model.get_vocab_size(),
+        max_model_len=model.max_model_len,
+        eos_token_ids=tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,),
+    )

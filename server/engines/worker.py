@@ -1,0 +1,144 @@
+"""The thread that owns the model: it takes commands between two decode steps and sleeps when there is nothing to do."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any, TypeVar
+
+import torch
+
+from server.engines.batch import Batch
+from server.engines.model import LanguageModel, load
+from server.engines.rows import Job
+from server.engines.settings import EngineSettings
+from shared.errors import EngineError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """Something to do between two steps, and where its outcome goes."""
+
+    action: Callable[[Batch], Any]
+    future: Future[Any]
+
+
+class Worker:
+    """A thread with a model and its batch. Every method may be called from any thread.
+
+    Args:
+        settings: of the engine.
+    """
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self.ready: Future[LanguageModel] = Future()
+        """The model once it is loaded, or why it cannot be."""
+        self._settings = settings
+        self._commands: SimpleQueue[Job | _Call | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._ended: str | None = None
+        self._cause: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="spoke-engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Sample a job; its future gets the result. Cancelling the future frees its rows.
+
+        Raises:
+            EngineError: the thread has ended.
+        """
+        self._send(job)
+        job.future.add_done_callback(lambda future: self._gone(job) if future.cancelled() else None)
+
+    def call(self, action: Callable[[Batch], T]) -> Future[T]:
+        """Run an action between two steps.
+
+        Only an EngineError goes to the caller alone; anything else ends the thread.
+
+        Raises:
+            EngineError: the thread has ended.
+        """
+        future: Future[T] = Future()
+        self._send(_Call(action, future))
+        return future
+
+    def close(self) -> None:
+        """End the thread and wait for it; every request still open fails."""
+        self._commands.put(None)
+        self._thread.join()
+
+    def _gone(self, job: Job) -> None:
+        with self._lock:
+            if self._ended is None:
+                self._commands.put(_Call(lambda batch: batch.cancel(job), Future()))
+
+    def _send(self, command: Job | _Call) -> None:
+        # Under the lock, so that no command slips in behind the last look at the queue.
+        with self._lock:
+            if self._ended is not None:
+                raise EngineError(self._ended) from self._cause
+            self._commands.put(command)
+
+    def _run(self) -> None:
+        """The thread."""
+        batch: Batch | None = None
+        reason = "the engine is closed"
+        self.ready.set_running_or_notify_cancel()  # from here on it cannot be cancelled
+        try:
+            with torch.inference_mode():
+                # Per thread in OpenMP builds, so it must be set in this one.
+                torch.set_num_threads(self._settings.threads)
+                model = load(self._settings)
+                batch = Batch(model, self._settings.max_batch)
+                self.ready.set_result(model)
+                self._serve(batch)
+        except BaseException as error:  # edge of the thread: nobody else would see it
+            if not self.ready.done():
+                self.ready.set_exception(error)
+            reason = f"the engine failed: {error!r}; restart the server"
+            self._cause = error
+        finally:
+            self._end(batch, reason)
+
+    def _serve(self, batch: Batch) -> None:
+        """Take commands and step, until told to end."""
+        while True:
+            # Blocks only when there is nothing to sample.
+            while not batch.busy or not self._commands.empty():
+                command = self._commands.get()
+                if command is None:
+                    return
+                if isinstance(command, Job):
+                    batch.enqueue(command)
+                elif command.future.set_running_or_notify_cancel():
+                    _answer(command, batch)
+            batch.step()
+
+    def _end(self, batch: Batch | None, reason: str) -> None:
+        """Fail everything that is open, and everything that comes later."""
+        with self._lock:
+            self._ended = reason
+        error = EngineError(reason)
+        error.__cause__ = self._cause
+        if batch is not None:
+            batch.fail(error)
+        while not self._commands.empty():
+            command = self._commands.get()
+            if isinstance(command, Job):
+                command.fail(error)
+            elif command is not None and command.future.set_running_or_notify_cancel():
+                command.future.set_exception(error)
+
+
+def _answer(call: _Call, batch: Batch) -> None:
+    """Run a call; what is not an EngineError goes on to end the thread."""
+    try:
+        call.future.set_result(call.action(batch))
+    except EngineError as error:
+        call.future.set_exception(error)
+    except BaseException as error:
+        call.future.set_exception(EngineError(f"the engine failed: {error!r}; restart the server"))
+        raise

@@ -1,0 +1,89 @@
+"""Configuration: every shipped file loads, every mistake is named with its remedy."""
+
+from pathlib import Path
+
+import pytest
+
+from shared.errors import ConfigError
+from trainer.config import TrainSettings, load
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_shipped_configuration_loads_and_says_its_hardware(path: Path) -> None:
+    settings = load(path)
+    assert settings.hardware
+
+
+def test_the_quickstart_finds_its_model_from_anywhere(monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = load(ROOT / "configs" / "quickstart.toml")
+    assert (Path(settings.model.path) / "config.json").is_file()
+
+
+def test_overrides_are_toml_values_or_bare_words(tmp_path: Path) -> None:
+    settings = load(
+        ROOT / "configs" / "quickstart.toml",
+        [
+            "trainer.learning_rate=1e-6",
+            "run=other",
+            "data.chat=true",
+            'rollout.plan={kind="group", samples=3}',
+            "fleet.redis_url=redis://somewhere:1/0",
+            "launch.arguments=['--threads', '2']",
+        ],
+    )
+    assert settings.trainer.learning_rate == 1e-6
+    assert settings.run == "other"
+    assert settings.data.chat is True
+    assert settings.rollout.plan.kind == "group"
+    assert settings.fleet.redis_url == "redis://somewhere:1/0"
+    assert settings.launch.arguments == ("--threads", "2")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "trainer.learning_rat=1",
+            "unknown key 'trainer.learning_rat'; the nearest known one is 'learning_rate'",
+        ),
+        ("trainr.steps=1", "unknown key 'trainr'; the nearest known one is 'trainer'"),
+        (
+            "rollout.plan.branch_factor=[2]",
+            "unknown key 'rollout.plan.branch_factor'; .*'branch_factors'",
+        ),
+        ("trainer.steps=0", r"trainer\.steps: .*greater than or equal to 1"),
+        ("trainer.learning_rate=fast", r"trainer\.learning_rate: "),
+        ("rollout.temperature=0", r"rollout\.temperature: .*greater than 0"),
+        ("data.prompt=hello", r"data\.prompt: the template needs \{question\}"),
+        ("run=a b", "run: run name 'a b'"),
+        ("algorithm.name=grpo", 'use rollout.plan = { kind = "group"'),
+        ("algorithm.name=gpro", r"algorithm\.name: "),
+        ("nonsense", "write section.key=value"),
+        ("run.x=1", "run is a value, not a section"),
+    ],
+)
+def test_mistakes_are_named(override: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(ROOT / "configs" / "quickstart.toml", [override])
+
+
+def test_files_that_are_not_there_or_not_toml(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.toml: No such file"):
+        load(tmp_path / "none.toml")
+    (tmp_path / "bad.toml").write_text("a = = 1")
+    with pytest.raises(ConfigError, match="not TOML"):
+        load(tmp_path / "bad.toml")
+    (tmp_path / "empty.toml").write_text("")
+    with pytest.raises(ConfigError, match="run: Field required"):
+        load(tmp_path / "empty.toml")
+
+
+def test_settings_cannot_be_changed() -> None:
+    settings = load(ROOT / "configs" / "quickstart.toml")
+    with pytest.raises(ValueError, match="frozen"):
+        settings.run = "other"  # type: ignore[misc]
+    assert TrainSettings.model_validate_json(settings.model_dump_json()) == settings
