@@ -13,6 +13,7 @@ import tempfile
 from pathlib import Path
 
 import uvicorn
+from safetensors import SafetensorError
 
 from server.app import Holder, create_app
 from server.engines import EngineName, choose, open_engine
@@ -150,7 +151,14 @@ async def _coordinator(
 async def _engine(settings: ServerSettings, stack: contextlib.AsyncExitStack) -> Engine:
     name = choose(EngineName(settings.engine))
     log.info("loading %s with %s", settings.engine_settings.model, name)
-    engine = await open_engine(name, settings.engine_settings)
+    try:
+        engine = await open_engine(name, settings.engine_settings)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        # What a missing, damaged or unknown checkpoint raises deep inside the libraries that read it.
+        reason = str(error).strip().split("\n")[0]
+        raise ConfigError(
+            f"--model {settings.engine_settings.model}: it cannot be loaded: {reason}"
+        ) from error
     stack.push_async_callback(engine.close)
     return engine
 

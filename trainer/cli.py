@@ -132,9 +132,7 @@ def _add_warmstart(parse: argparse.ArgumentParser) -> None:
     parse.add_argument("--out", type=Path, required=True, help="takes the checkpoint")
     parse.add_argument("--seed", type=int, default=0)
     parse.add_argument("--steps", type=int, default=None)
-    parse.add_argument(
-        "--careless", type=float, default=None, help="share of demonstrations with a wrong habit"
-    )
+    parse.add_argument()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

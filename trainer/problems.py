@@ -1,11 +1,11 @@
 """Seeded arithmetic stories with a short chain of thought, in GSM8K's format.
 
-A story starts from a count and changes it by 3 to 6 operations; every count stays in 1..60. A row is
-``{"question": story, "answer": chain}``, the chain has one unspaced equation for each operation and
-ends with ``#### N``::
+A story starts from a count and changes it by 3 to 6 operations; every count stays in 1..60. A row
+is ``{"question": story, "answer": chain}``; the chain has one unspaced equation for each operation
+and ends with ``#### N``::
 
-    Mia has 12 shells. She finds 7 more. She loses half of them ... How many shells does Mia have now?
-    Mia starts with 12. Finding 7 makes 12+7=19. Losing half leaves ... \n#### 9
+    Mia has 12 shells. She finds 8 more. ... How many shells does Mia have now?
+    Mia starts with 12. Adding 8 makes 12+8=20. Half leaves 20/2=10. ... #### 10
 
 Which split a story belongs to is a hash of its text, so the splits are disjoint whatever the seeds.
 """
@@ -13,19 +13,18 @@ Which split a story belongs to is a hash of its text, so the splits are disjoint
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import islice
 from pathlib import Path
 from typing import TypedDict
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 MAX_VALUE = 60
 """The largest count in a story; 1 is the smallest."""
 SCHEME = "problems"
 """The data name ``problems:SPLIT?seed=S&count=N`` stands for ``rows(SPLIT, S, N)``."""
-DEFAULT_COUNT = {"train": 20_000, "heldout": 600}
 _HELDOUT_EVERY = 8
 _MIN_STEPS, _MAX_STEPS = 3, 6
 
@@ -40,6 +39,9 @@ class Split(StrEnum):
 
     TRAIN = "train"
     HELDOUT = "heldout"
+
+
+DEFAULT_COUNT = {Split.TRAIN: 20_000, Split.HELDOUT: 600}
 
 
 class Row(TypedDict):
@@ -68,18 +70,18 @@ _KINDS = (
         sign="+",
         operands=_SMALL,
         phrases=(
-            ("finds {n} more {o}", "Finding {n} makes"),
-            ("buys {n} more", "Buying {n} makes"),
-            ("gets {n} from {f}", "Getting {n} makes"),
+            ("finds {n} more", "Adding {n} makes"),
+            ("buys {n} more", "Adding {n} makes"),
+            ("gets {n} from {f}", "Adding {n} makes"),
         ),
     ),
     _Kind(
         sign="-",
         operands=_SMALL,
         phrases=(
-            ("gives {n} to {f}", "Giving {n} leaves"),
-            ("loses {n} {o}", "Losing {n} leaves"),
-            ("sells {n} of them", "Selling {n} leaves"),
+            ("gives {n} to {f}", "Taking {n} leaves"),
+            ("loses {n}", "Taking {n} leaves"),
+            ("sells {n} of them", "Taking {n} leaves"),
         ),
     ),
     _Kind(
@@ -87,22 +89,22 @@ _KINDS = (
         operands=(2,),
         phrases=(
             ("doubles {p} {o}", "Doubling makes"),
-            ("gets as many again from {f}", "Doubling makes"),
+            ("buys as many again", "Doubling makes"),
         ),
     ),
     _Kind(
         sign="/",
         operands=(2,),
         phrases=(
-            ("gives half of them to {f}", "Half leaves"),
-            ("loses half of {p} {o}", "Half leaves"),
+            ("gives half to {f}", "Half leaves"),
+            ("loses half of them", "Half leaves"),
         ),
     ),
     _Kind(sign="*", operands=(3,), phrases=(("triples {p} {o}", "Tripling makes"),)),
     _Kind(
         sign="/",
         operands=(3, 4, 5),
-        phrases=(("shares them equally in {n} bags and keeps one bag", "One of {n} bags is"),),
+        phrases=(("shares them in {n} bags and keeps one", "One of {n} bags is"),),
     ),
 )
 _WEIGHTS = (4, 4, 3, 3, 1, 1)
@@ -117,28 +119,13 @@ def _apply(value: int, sign: str, operand: int) -> int | None:
     return result if 1 <= result <= MAX_VALUE else None
 
 
-def _habit(sign: str, operand: int) -> tuple[str, int]:
-    """A careless teacher's habit: twice is written +2 and half is written -2."""
-    return ({"*": "+", "/": "-"}.get(sign, sign), 2) if operand == 2 else (sign, operand)
-
-
-def _chain(
-    name: str,
-    start: int,
-    steps: list[tuple[str, int, str]],
-    reading: Callable[[str, int], tuple[str, int]] = lambda sign, operand: (sign, operand),
-) -> str | None:
-    """Write the chain of thought, or None if a value leaves its range.
-
-    steps: (sign, operand, phrase) of each operation; reading: the operation as its writer takes it.
-    """
+def _chain(name: str, start: int, steps: list[tuple[_Kind, int, str]]) -> str:
+    """Write the chain of thought. steps: (kind, operand, phrase) of each operation."""
     value, lines = start, [f"{name} starts with {start}."]
-    for sign, operand, phrase in steps:
-        sign, operand = reading(sign, operand)
-        result = _apply(value, sign, operand)
-        if result is None:
-            return None
-        lines.append(f"{phrase} {value}{sign}{operand}={result}.")
+    for kind, operand, phrase in steps:
+        result = _apply(value, kind.sign, operand)
+        assert result is not None
+        lines.append(f"{phrase} {value}{kind.sign}{operand}={result}.")
         value = result
     return " ".join(lines) + f"\n#### {value}"
 
@@ -153,36 +140,29 @@ def _operation(rng: random.Random, value: int) -> tuple[_Kind, int, int]:
             return kind, operand, result
 
 
-def _story(rng: random.Random, careless: float) -> Row:
+def _story(rng: random.Random) -> Row:
     """Draw one problem."""
     (name, pronoun), (friend, _) = rng.sample(_PEOPLE, 2)
     objects, start = rng.choice(_OBJECTS), rng.randint(4, 40)
     possessive = "her" if pronoun == "She" else "his"
-    sentences, steps, value = [f"{name} has {start} {objects}."], list[tuple[str, int, str]](), start
+    sentences = [f"{name} has {start} {objects}."]
+    steps, value = list[tuple[_Kind, int, str]](), start
     for _ in range(rng.randint(_MIN_STEPS, _MAX_STEPS)):
         kind, operand, value = _operation(rng, value)
         told, thought = rng.choice(kind.phrases)
         told = told.format(n=operand, o=objects, f=friend, p=possessive)
         sentences.append(f"{pronoun} {told}.")
-        steps.append((kind.sign, operand, thought.format(n=operand)))
+        steps.append((kind, operand, thought.format(n=operand)))
     sentences.append(f"How many {objects} does {name} have now?")
-    answer = _chain(name, start, steps)
-    if careless and rng.random() < careless:
-        answer = _chain(name, start, steps, _habit) or answer
-    assert answer is not None
-    return {"question": " ".join(sentences), "answer": answer}
+    return {"question": " ".join(sentences), "answer": _chain(name, start, steps)}
 
 
-def stories(split: Split, seed: int, *, careless: float = 0.0) -> Iterator[Row]:
-    """Yield endless distinct problems of one split.
-
-    careless: share of the answers written with a habit that is wrong (for warm starts only; see
-    `_habit`); 0 gives right answers.
-    """
+def stories(split: Split, seed: int) -> Iterator[Row]:
+    """Yield endless distinct problems of one split."""
     rng = random.Random(f"{split}:{seed}")
     seen = set[str]()
     while True:
-        row = _story(rng, careless)
+        row = _story(rng)
         if row["question"] not in seen and split_of(row["question"]) is split:
             seen.add(row["question"])
             yield row
@@ -194,9 +174,9 @@ def split_of(question: str) -> Split:
     return Split.TRAIN if int.from_bytes(digest) % _HELDOUT_EVERY else Split.HELDOUT
 
 
-def rows(split: Split, seed: int, count: int, *, careless: float = 0.0) -> list[Row]:
+def rows(split: Split, seed: int, count: int) -> list[Row]:
     """Return the first ``count`` problems of ``stories``."""
-    return list(islice(stories(split, seed, careless=careless), count))
+    return list(islice(stories(split, seed), count))
 
 
 def load(name: str) -> list[Row]:
@@ -205,11 +185,12 @@ def load(name: str) -> list[Row]:
     Raises ValueError for a name of another form. Without them, seed is 0 and count DEFAULT_COUNT.
     """
     url = urlsplit(name)
-    query = parse_qs(url.query)
-    if url.scheme != SCHEME or url.path not in list(Split) or set(query) - {"seed", "count"}:
+    query = dict(parse_qsl(url.query))
+    known = url.scheme == SCHEME and url.path in list(Split) and not set(query) - {"seed", "count"}
+    if not known or not all(value.isdecimal() for value in query.values()):
         raise ValueError(f"{name!r} is not of the form problems:train|heldout?seed=S&count=N")
-    seed, count = query.get("seed", ["0"])[0], query.get("count", [DEFAULT_COUNT[url.path]])[0]
-    return rows(Split(url.path), int(seed), int(count))
+    split = Split(url.path)
+    return rows(split, int(query.get("seed", 0)), int(query.get("count", DEFAULT_COUNT[split])))
 
 
 def write_jsonl(path: Path, problems: Iterable[Row]) -> None:

@@ -238,6 +238,13 @@ def open_folder(settings: TrainSettings, folder: Path, *, resume: bool) -> None:
     (folder / "config.json").write_text(settings.model_dump_json(indent=2))
 
 
+def _questions(settings: TrainSettings) -> tuple[list[Question], list[Question]]:
+    """(training, held-out) questions."""
+    data = settings.data
+    fields = {"question_field": data.question_field, "answer_field": data.answer_field}
+    return load(data.train, **fields), load(data.heldout, **fields)
+
+
 def build_learner(settings: TrainSettings, checkpoint: Path | None) -> tuple[Learner, Progress]:
     """Policy, reference and optimizer, from the start or from a checkpoint.
 
@@ -276,7 +283,10 @@ def build_learner(settings: TrainSettings, checkpoint: Path | None) -> tuple[Lea
 async def _connect(
     settings: TrainSettings, folder: Path
 ) -> AsyncIterator[tuple[RedisCoordinator, Publisher, Fleet]]:
-    """Redis, the lease, the store and the fleet; closed in reverse."""
+    """Redis, the lease, the store and the fleet; closed in reverse.
+
+    Before anything slow: a Redis that is away, or another trainer, is known at once.
+    """
     fleet_settings = settings.fleet
     if fleet_settings.redis_url is None:
         raise ConfigError(
@@ -322,13 +332,13 @@ async def train(
         CoordinationError: Redis is away, another trainer holds the run, or the fleet does not follow in time.
     """
     open_folder(settings, folder, resume=resume)
-    data = settings.data
-    fields = {"question_field": data.question_field, "answer_field": data.answer_field}
-    questions, heldout = load(data.train, **fields), load(data.heldout, **fields)
-    reporter.status("loading the model")
-    learner, progress = build_learner(settings, checkpoints.newest(folder) if resume else None)
-    with metrics.MetricsLog(folder) as log:
-        async with _connect(settings, folder) as (coordinator, publisher, fleet):
+    async with _connect(settings, folder) as (coordinator, publisher, fleet):
+        with metrics.MetricsLog(folder) as log:
+            reporter.status("loading data and model")
+            checkpoint = checkpoints.newest(folder) if resume else None
+            # In a thread, as everything that takes long: the lease is renewed meanwhile.
+            questions, heldout = await asyncio.to_thread(_questions, settings)
+            learner, progress = await asyncio.to_thread(build_learner, settings, checkpoint)
             reporter.status("waiting for servers")
             await wait_for_servers(coordinator, settings.fleet.min_servers, settings.fleet.wait_s)
             trainer = Trainer(

@@ -9,7 +9,7 @@ from trainer.warmstart import run as make
 
 def run(args: argparse.Namespace) -> int:
     """Train it; a line of progress at a time."""
-    given: dict[str, Any] = {"steps": args.steps, "careless": args.careless}
+    given: dict[str, Any] = {"steps": args.steps}
     own = {name: value for name, value in given.items() if value is not None}
     make(WarmstartSettings(out=args.out, seed=args.seed, **own), print)
     return 0
