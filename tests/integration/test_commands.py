@@ -1,0 +1,259 @@
+"""The commands as a user types them: what they print, how they fail, and that nothing outlives them."""
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import free_port
+
+from shared.coordination import RedisCoordinator
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = [
+    "trainer.steps=1", "rollout.questions=4",
+    "evaluation.questions=8", "evaluation.samples=2", "evaluation.every=0",
+]  # fmt: skip
+
+
+def run(*arguments: str, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, timeout=timeout, cwd=ROOT,
+        env=os.environ | {"COLUMNS": "160"},
+    )  # fmt: skip
+
+
+def spoke(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return run("-m", "trainer.cli", *arguments)
+
+
+def assert_one_clear_line(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("spoke")]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    for word in words:
+        assert word in lines[0]
+
+
+def server(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return run("-m", "server", *arguments)
+
+
+def test_a_server_without_its_model_says_so(tmp_path: Path) -> None:
+    done = server("--model", str(tmp_path / "none"), "--port", "0")
+    assert_one_clear_line(done, str(tmp_path / "none"), "no such checkpoint")
+
+
+def test_a_server_with_a_broken_model_says_so(tmp_path: Path, tiny_math: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_math, broken)
+    whole = (broken / "model.safetensors").read_bytes()
+    (broken / "model.safetensors").unlink()
+    (broken / "model.safetensors").write_bytes(whole[:1000])
+    done = server("--model", str(broken), "--port", "0", "--engine", "transformers")
+    assert_one_clear_line(done, str(broken))
+
+
+def test_a_port_in_use_is_said_before_the_model_is_loaded(tiny_math: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        done = server("--model", str(tiny_math), "--port", port)
+    assert_one_clear_line(done, port, "in use", "--port")
+
+
+def test_a_redis_that_is_down_is_said_by_everyone(tiny_math: Path, tmp_path: Path) -> None:
+    url = f"redis://127.0.0.1:{free_port()}/0"
+    where = ["--redis-url", url, "--run", "r"]
+    assert_one_clear_line(
+        server("--model", str(tiny_math), "--port", "0", *where), url, "does not answer"
+    )
+    assert_one_clear_line(spoke("fleet", *where), url)
+    assert_one_clear_line(spoke("push", str(tiny_math), *where, "--store", str(tmp_path)), url)
+    train = ["train", "configs/quickstart.toml", "--run-dir", str(tmp_path / "run")]
+    assert_one_clear_line(spoke(*train, "--set", f"fleet.redis_url={url}"), url)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "none.toml", "--run-dir", "x"], ["none.toml"]),
+        (["train", "configs/quickstart.toml", "--run-dir", "x", "--set", "trainer.step=3"], ["'steps'"]),
+        (["train", "configs/quickstart.toml", "--run-dir", "{tmp}"], ["fleet.redis_url"]),
+        (["eval", "--server", "http://127.0.0.1:1", "--data", "none.jsonl"], ["none.jsonl"]),
+        (["tree", "--server", "http://x", "--prompt", "x", "--branch-factors", "a"], ["--branch-factors a"]),
+    ],
+)  # fmt: skip
+def test_mistakes_on_the_command_line(
+    arguments: list[str], words: list[str], tmp_path: Path
+) -> None:
+    done = spoke(*(argument.replace("{tmp}", str(tmp_path)) for argument in arguments))
+    assert_one_clear_line(done, *words)
+
+
+async def test_a_second_trainer_of_a_run_is_refused(
+    redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shared.coordination.LEASE_S", 600)  # the other trainer lives on
+    coordinator = RedisCoordinator(redis_url, "held")
+    await coordinator.acquire_lease("another:1")
+    await coordinator.close()
+    train = [
+        "train",
+        "configs/quickstart.toml",
+        "--run-dir",
+        str(tmp_path / "run"),
+        "--set",
+        "run=held",
+    ]
+    done = await asyncio.to_thread(spoke, *train, "--set", f"fleet.redis_url={redis_url}")
+    assert_one_clear_line(done, "another:1", "held")
+
+
+def test_a_run_folder_is_not_trained_over(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text("{}\n")
+    done = spoke("train", "configs/quickstart.toml", "--run-dir", str(tmp_path))
+    assert_one_clear_line(done, str(tmp_path), "--resume")
+
+
+def test_tree_prints_text_values_and_advantages(transformers_server: Any) -> None:
+    ask = [
+        "tree",
+        "--server",
+        transformers_server.url,
+        "--prompt",
+        "Ana has 12 apples. She buys 5 more. How many?\\n",
+    ]
+    done = spoke(*ask, "--reference", "17", "--branch-factors", "2,2", "--segment-tokens", "12")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("V=") >= 3
+    assert "A=" in done.stdout
+    assert "tokens sampled" in done.stdout
+    answer = json.loads(spoke(*ask, "--json").stdout)
+    assert answer["nodes"][0]["value"] is None
+    unknown = spoke(*ask, "--reference", "17", "--reward", "gsm9k")
+    assert_one_clear_line(unknown, "reward.name", "gsm8k")
+
+
+def test_eval_and_fleet_print_one_thing_each(transformers_server: Any, gsm8k: Path) -> None:
+    data = [
+        "--data",
+        str(gsm8k / "test.jsonl"),
+        "--questions",
+        "3",
+        "--samples",
+        "2",
+        "--max-tokens",
+        "32",
+    ]
+    one = spoke("eval", "--server", transformers_server.url, *data)
+    assert one.returncode == 0, one.stderr
+    assert "pass@1" in one.stdout
+    assert "3 questions x 2 samples" in one.stdout
+    where = ["--redis-url", transformers_server.redis_url, "--run", transformers_server.run]
+    many = spoke(
+        "eval",
+        "--run",
+        transformers_server.run,
+        "--redis-url",
+        transformers_server.redis_url,
+        *data,
+    )
+    assert many.returncode == 0, many.stderr
+    fleet = spoke("fleet", *where)
+    assert fleet.returncode == 0
+    assert transformers_server.url in fleet.stdout
+    assert "ready" in fleet.stdout
+
+
+def quickstart(folder: Path, *settings: str) -> list[str]:
+    chosen = [part for setting in (*QUICK, *settings) for part in ("--set", setting)]
+    return [sys.executable, "-m", "trainer.cli", "quickstart", "--run-dir", str(folder), *chosen]
+
+
+@pytest.mark.slow
+def test_the_quickstart_trains_and_leaves_nothing_running(tmp_path: Path) -> None:
+    done = subprocess.run(
+        quickstart(tmp_path / "run"), capture_output=True, text=True, timeout=240, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for word in (
+        "Held-out accuracy",
+        "sampled tokens in training",
+        "server-2 reached version",
+        "learning_curve.png",
+    ):
+        assert word in done.stdout
+    assert (tmp_path / "run" / "learning_curve.png").is_file()
+    assert not mentions(str(tmp_path))
+
+
+@pytest.mark.slow
+def test_without_redis_server_fakeredis_stands_in_and_says_so(tmp_path: Path) -> None:
+    path = os.pathsep.join(
+        folder
+        for folder in os.environ["PATH"].split(os.pathsep)
+        if not Path(folder, "redis-server").exists()
+    )
+    done = subprocess.run(
+        quickstart(tmp_path / "run"), capture_output=True, text=True, timeout=240, cwd=ROOT,
+        env=os.environ | {"PATH": path},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "fakeredis' TCP server stands in" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("sent", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)],
+    ids=lambda s: str(s),
+)
+def test_a_quickstart_that_is_stopped_leaves_nothing_running(
+    tmp_path: Path, sent: signal.Signals, code: int
+) -> None:
+    log = tmp_path / "out.log"
+    with log.open("wb") as stream:
+        process = subprocess.Popen(
+            quickstart(tmp_path / "run", "trainer.steps=500"),
+            stdout=stream,
+            stderr=stream,
+            cwd=ROOT,
+        )
+    try:
+        wait_until(lambda: b"servers ready" in log.read_bytes() or process.poll() is not None, 120)
+        assert process.poll() is None, log.read_text()
+        assert mentions(str(tmp_path))
+        process.send_signal(sent)
+        assert process.wait(60) == code
+    finally:
+        process.kill()
+    wait_until(lambda: not mentions(str(tmp_path)), 20)
+    assert b"Traceback" not in log.read_bytes()
+
+
+def mentions(text: str) -> list[str]:
+    """Processes that write their log into a folder, by what the kernel says of their standard output."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            if text in os.readlink(entry / "fd" / "1") and entry.name != str(os.getpid()):
+                found.append((entry / "cmdline").read_text())
+        except OSError:
+            continue  # it ended while we looked
+    return found
+
+
+def wait_until(condition: Any, timeout_s: float) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "not in time"
+        time.sleep(0.05)
