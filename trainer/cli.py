@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -132,7 +133,6 @@ def _add_warmstart(parse: argparse.ArgumentParser) -> None:
     parse.add_argument("--out", type=Path, required=True, help="takes the checkpoint")
     parse.add_argument("--seed", type=int, default=0)
     parse.add_argument("--steps", type=int, default=None)
-    parse.add_argument()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -141,6 +141,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Exit codes: 0 done, 1 not all of it, 2 could not (one line says why), 130 interrupted.
     """
     args = parser().parse_args(arguments)
+    # The libraries' own bars would write over ours.
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
         command = importlib.import_module(f"trainer.commands.{args.command}")
         code: int = command.run(args)

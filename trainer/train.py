@@ -31,7 +31,7 @@ from trainer.evaluate import Accuracy, evaluate
 from trainer.fleet import Fleet, registered, wait_for_head, wait_for_servers
 from trainer.optimizer import PolicyOptimizer
 from trainer.packing import optimizer_batches
-from trainer.policy import load_policy, state_tensors
+from trainer.policy import load_policy, recompute_activations, state_tensors
 from trainer.publish import Publisher, lease
 from trainer.report import Measurement, Reporter, Summary, plot
 from trainer.requests import tree_request
@@ -258,7 +258,7 @@ def build_learner(settings: TrainSettings, checkpoint: Path | None) -> tuple[Lea
     dtype = DTYPES[settings.model.dtype]
     policy = load_policy(checkpoint or settings.model.path, dtype, device)
     if settings.model.gradient_checkpointing:
-        policy.gradient_checkpointing_enable()
+        recompute_activations(policy)
     reference = None
     if settings.trainer.kl_coef > 0 and settings.trainer.kl != "none":
         reference = load_policy(settings.model.path, dtype, device)

@@ -13,7 +13,7 @@ import urllib.request
 from typing import Any
 
 BRANCH_FACTORS = [4, 2, 2]
-PROMPT = "Tom has 5 apples. He buys 3 more. How many apples does Tom have?"
+PROMPT = "Tom has 5 apples. He buys 3 more. How many apples does Tom have?\n"
 
 
 def ask(url: str, min_weight_version: int) -> dict[str, Any]:

@@ -1,0 +1,161 @@
+"""The policy loss: PPO-clip with a KL penalty, as sums that do not care how a batch is cut.
+
+    ratio    = exp(clamp(logprob - behaviour logprob, -10, 10))
+    token    = max(-A * ratio, -A * clamp(ratio, 1 - clip_low, 1 + clip_high)) + beta * KL(token)
+    loss     = sum of token over the participating tokens / denominator
+
+The denominator is the count of participating tokens of the whole optimizer batch, so the gradients of its
+micro-batches add up to the gradient of the batch however it is cut (DESIGN section 4; PPO arXiv 1707.06347,
+equation 7).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from typing import Self
+
+import torch
+from torch import Tensor
+
+LOG_RATIO_LIMIT = 10.0
+"""Log-ratios are clamped to [-10, 10]; outside, a token has no gradient."""
+MAX_MEAN_RATIO = 10.0
+"""An optimizer batch whose mean ratio is above this is skipped: no step is taken."""
+
+
+class KLEstimator(StrEnum):
+    """Per-token estimators of KL(policy | reference) at tokens sampled from the policy."""
+
+    NONE = "none"
+    K1 = "k1"
+    """logprob - ref. Unbiased as a number, but its gradient as a loss carries no KL."""
+    K2 = "k2"
+    """(logprob - ref)^2 / 2."""
+    K3 = "k3"
+    """exp(d) - d - 1 with d = clamp(ref - logprob, -10, 10): never negative."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossSums:
+    """Sums over participating tokens, detached, 0-d tensors; they add up over micro-batches and processes."""
+
+    tokens: Tensor
+    """How many tokens took part."""
+    objective: Tensor
+    """The PPO-clip term of the loss."""
+    ratio: Tensor
+    """exp of the clamped log-ratio."""
+    clipped: Tensor
+    """Tokens where the clipped term was the larger, so that they had no gradient."""
+    kl: Tensor
+    """The KL estimate to the reference, before beta."""
+    log_ratio: Tensor
+    """logprob - behaviour logprob, clamped; its negative estimates KL(behaviour | policy)."""
+    approx_kl: Tensor
+    """log-ratio squared over 2: a KL(behaviour | policy) that is never negative."""
+    mismatch: Tensor
+    """|logprob - behaviour logprob|, not clamped: on fresh data, the engines' disagreement (nats)."""
+
+    def __add__(self, other: Self) -> Self:
+        added = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        return type(self)(**added)
+
+    def means(self) -> dict[str, float]:
+        """The mean of each sum by its name, and `tokens` itself; zeros where nothing took part."""
+        tokens = float(self.tokens)
+        means = {f.name: float(getattr(self, f.name)) / max(tokens, 1.0) for f in fields(self)}
+        return means | {"tokens": tokens}
+
+    @property
+    def must_skip(self) -> bool:
+        """True if the mean ratio is above the limit: ask it of the whole optimizer batch's sums."""
+        return self.means()["ratio"] > MAX_MEAN_RATIO
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyLoss:
+    """The loss of one micro-batch."""
+
+    loss: Tensor
+    """0-d, differentiable: this micro-batch's share of the batch's loss."""
+    sums: LossSums
+
+
+def policy_loss(
+    logprobs: Tensor,
+    behaviour_logprobs: Tensor,
+    advantages: Tensor,
+    participates: Tensor,
+    *,
+    denominator: float,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    kl_coef: float = 0.0,
+    ref_logprobs: Tensor | None = None,
+    kl: KLEstimator = KLEstimator.K3,
+) -> PolicyLoss:
+    """Loss and sums of one micro-batch; see the module.
+
+    Positions that do not take part may hold anything, NaN included: they add nothing and get a zero gradient.
+    If none takes part, the loss is a zero with zero gradients.
+
+    Args:
+        logprobs: [...] log-probability (nats) of each token now, differentiable.
+        behaviour_logprobs: [...] the same when it was sampled.
+        advantages: [...] advantage of each token.
+        participates: [...] true at the tokens that take part.
+        denominator: participating tokens of the whole optimizer batch; 0 counts as 1.
+        clip_low: the ratio is clipped below 1 - clip_low.
+        clip_high: the ratio is clipped above 1 + clip_high.
+        kl_coef: beta, weight of the KL penalty.
+        ref_logprobs: [...] log-probability under the reference model; None for no penalty.
+        kl: estimator of the penalty.
+    """
+    # Selecting before any arithmetic: a mask that multiplies would turn inf and NaN elsewhere into NaN here.
+    logprobs, behaviour_logprobs = logprobs[participates], behaviour_logprobs[participates]
+    advantages = advantages[participates]
+    difference = logprobs - behaviour_logprobs
+    log_ratio = difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    ratio = log_ratio.exp()
+    plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
+    objective = torch.maximum(plain, clipped)
+    if ref_logprobs is None:
+        penalty = torch.zeros_like(objective)
+    else:
+        penalty = kl_penalty(logprobs, ref_logprobs[participates], kl)
+    loss = (objective.sum() + kl_coef * penalty.sum()) / max(denominator, 1.0)
+    with torch.no_grad():
+        sums = LossSums(
+            tokens=participates.sum(),
+            objective=objective.sum(),
+            ratio=ratio.sum(),
+            clipped=(clipped > plain).sum(),
+            kl=penalty.sum(),
+            log_ratio=log_ratio.sum(),
+            approx_kl=log_ratio.square().sum() / 2,
+            mismatch=difference.abs().sum(),
+        )
+    return PolicyLoss(loss=loss, sums=sums)
+
+
+def kl_penalty(logprobs: Tensor, ref_logprobs: Tensor, kl: KLEstimator) -> Tensor:
+    """[...] KL estimate of each token (nats); see `KLEstimator`."""
+    difference = ref_logprobs - logprobs
+    match kl:
+        case KLEstimator.NONE:
+            return torch.zeros_like(difference)
+        case KLEstimator.K1:
+            return -difference
+        case KLEstimator.K2:
+            return difference.square() / 2
+        case KLEstimator.K3:
+            difference = difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+            return difference.exp() - difference - 1
+
+
+def total(sums: Iterable[LossSums]) -> LossSums:
+    """The sums of a batch from those of its micro-batches, at least one."""
+    first, *rest = sums
+    for more in rest:
+        first = first + more
+    return first
