@@ -5,7 +5,7 @@ that names its address (never its password).
 """
 
 import asyncio
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from importlib.resources import files
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit
@@ -93,14 +93,18 @@ class RedisCoordinator:
         try:
             self._keys = Keys(run)
             self._redis: Any = redis.asyncio.Redis.from_url(
-                url, decode_responses=True, socket_timeout=CALL_S, socket_connect_timeout=CALL_S
+                url,
+                decode_responses=True,
+                protocol=2,  # one shape of answers from every server
+                socket_timeout=CALL_S,
+                socket_connect_timeout=CALL_S,
             )
         except ValueError as error:
             raise ConfigError(f"--redis-url {redacted(url)}: {error}") from None
         self._where = redacted(url)
         scripts = files("shared") / "lua"
         self._acquire, self._renew, self._announce = (
-            self._redis.register_script((scripts / f"{name}.lua").read_text())
+            (scripts / f"{name}.lua").read_text()
             for name in ("acquire_lease", "renew_lease", "announce")
         )
 
@@ -110,6 +114,10 @@ class RedisCoordinator:
         except (RedisError, OSError, TimeoutError) as error:
             reason = str(error) or type(error).__name__
             raise CoordinationError(f"Redis at {self._where} does not answer: {reason}") from error
+
+    async def _eval(self, script: str, keys: Sequence[str], args: Sequence[str | int]) -> Any:  # noqa: ANN401
+        """Run a script by its text: they are short, and a Redis that restarted empty knows no hashes."""
+        return await self._call(self._redis.eval(script, len(keys), *keys, *args))
 
     async def ping(self) -> None:
         """Raise CoordinationError unless Redis answers."""
@@ -122,9 +130,7 @@ class RedisCoordinator:
     async def acquire_lease(self, owner: str) -> str:
         """See `Coordinator.acquire_lease`."""
         keys = [self._keys.lease, self._keys.fence]
-        taken, answer = await self._call(
-            self._acquire(keys=keys, args=[owner, int(LEASE_S * 1000)])
-        )
+        taken, answer = await self._eval(self._acquire, keys, [owner, int(LEASE_S * 1000)])
         if not taken:
             raise LeaseError(
                 f"run {self._keys.run!r} is being trained by {answer}; stop it, or wait {LEASE_S:.0f} s "
@@ -135,7 +141,7 @@ class RedisCoordinator:
     async def renew_lease(self, token: str, *, release: bool = False) -> None:
         """See `Coordinator.renew_lease`."""
         lifetime = 0 if release else int(LEASE_S * 1000)
-        if not await self._call(self._renew(keys=[self._keys.lease], args=[token, lifetime])):
+        if not await self._eval(self._renew, [self._keys.lease], [token, lifetime]):
             raise LeaseError(
                 f"the lease on run {self._keys.run!r} is gone: another trainer may hold it"
             )
@@ -150,7 +156,7 @@ class RedisCoordinator:
             head.weights_digest,
             head.store,
         ]
-        done, answer = await self._call(self._announce(keys=keys, args=args))
+        done, answer = await self._eval(self._announce, keys, args)
         if not done and answer == "lease":
             raise LeaseError(
                 f"the lease on run {self._keys.run!r} is gone; version {head.version} is not announced"

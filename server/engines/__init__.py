@@ -46,9 +46,9 @@ async def open_engine(name: EngineName, settings: EngineSettings) -> Engine:
         EngineError: the engine does not run here.
     """
     if choose(name) is EngineName.VLLM:
-        from server.engines import vllm
+        from server.engines.vllm import open_engine as open_vllm
 
-        return await vllm.open_engine(settings)
-    from server.engines import transformers
+        return await open_vllm(settings)
+    from server.engines.transformers import open_engine as open_transformers
 
-    return await transformers.open_engine(settings)
+    return await open_transformers(settings)
