@@ -1,23 +1,23 @@
 """Continuous batching: every step decodes one token of each running row; rows come and go between steps."""
 
-import math
 import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from server.engines.base import ApplyReport, Completion
+from server.engines.base import ApplyReport
+from server.engines.jobs import Job, Sample
 from server.engines.kv import RowCache
 from server.engines.model import LanguageModel
 from server.engines.parameters import Staged, write
 from server.engines.prefill import Prefill
 from server.engines.prefixes import PrefixStore
-from server.engines.rows import Job, Rows, Sample
+from server.engines.rows import Rows
 from server.engines.sampling import sample, uniforms
 from server.engines.stops import StopStrings
-from shared.errors import EngineError
 from shared.tree import FinishReason
 
 
@@ -109,9 +109,7 @@ class Batch:
         running = rows.running()
         lengths = rows.length[: rows.span].tolist()
         for row in running:
-            current = self._at(row)
-            sampled = lengths[row] - len(current.prompt) - sum(n for _, n in current.spans)
-            current.spans.append((self.version, sampled))
+            self._at(row).seal(lengths[row], self.version)
         self.version = version
         self._store.clear()
         # Afresh: what broken weights left behind, not-a-number, would leak through the mask.
@@ -140,7 +138,8 @@ class Batch:
         rows.logprobs[:n].scatter_(1, length[:, None], logprob[:, None])
         length += rows.live[:n]
         ended = (self._ends[token] | (length >= rows.limit[:n])) & (rows.live[:n] > 0)
-        finished: list[int] = ended.nonzero()[:, 0].tolist()  # on a GPU, the step's one synchronisation
+        # On a GPU this is the step's one synchronisation.
+        finished: list[int] = ended.nonzero().flatten().tolist()
         sampled = clock()
         self._extent += 1
         self.times.steps += 1
@@ -163,33 +162,15 @@ class Batch:
         for at, row in enumerate(done):
             path = tokens[at][: lengths[at]]
             # The last token was never an input: it has no keys and values yet.
-            self._store.put(path[:-1], lambda start, stop, row=row: self._cache.read(row, start, stop))
+            self._store.put(path[:-1], partial(self._cache.read, row))
             current = self._at(row)
             start = len(current.prompt)
             stop = row in stopped or path[-1] in self._model.info.eos_token_ids
             reason = FinishReason.STOP if stop else FinishReason.LENGTH
-            self._complete(current, path[start:], logprobs[at][start : lengths[at]], reason)
+            scores = logprobs[at][start : lengths[at]]
+            current.complete(path[start:], scores, self.version, reason)
         rows.drop(done)
         self._changed()
-
-    def _complete(
-        self, done: Sample, tokens: list[int], logprobs: list[float], reason: FinishReason
-    ) -> None:
-        """Note a sample's completion, and the job's result with its last one."""
-        job = done.job
-        rest = len(tokens) - sum(count for _, count in done.spans)
-        job.completions[done.index] = Completion(
-            token_ids=tokens,
-            logprobs=logprobs,
-            versions=_merged([*done.spans, (self.version, rest)]),
-            finish_reason=reason,
-        )
-        if len(job.completions) < job.request.samples:
-            return
-        if any(math.isnan(x) for c in job.completions.values() for x in c.logprobs):
-            job.fail(EngineError("the model gives no numbers as logits: push sound weights"))
-        else:
-            job.succeed()
 
     def _admit(self) -> None:
         """Give rows to waiting samples, first come first served, as far as rows and memory go."""
@@ -278,18 +259,3 @@ class Batch:
         """Capacity for `tokens`: of few different sizes, at most a quarter above, within the context."""
         step = max(64, 1 << max(tokens.bit_length() - 3, 0))
         return min(-(-tokens // step) * step, self._model.info.max_model_len)
-
-
-def _merged(runs: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Spans without empty ones, neighbours of one version as one.
-
-    >>> _merged([(0, 3), (1, 0), (0, 2)])
-    [(0, 5)]
-    """
-    merged: list[tuple[int, int]] = []
-    for version, count in runs:
-        if merged and merged[-1][0] == version:
-            merged[-1] = (version, merged[-1][1] + count)
-        elif count:
-            merged.append((version, count))
-    return merged

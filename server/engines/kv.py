@@ -1,13 +1,14 @@
 """The keys and values of all rows of a batch, and the attention that reads them where they lie.
 
-Rows have lengths of their own. Nothing is padded or moved from step to step: each forward pass writes at every row's
-own position and attends up to it, so a decode step touches [rows, longest row] and not [rows, capacity].
+Rows have lengths of their own. Nothing is padded or moved from step to step: each forward pass writes at every
+row's own position and attends up to it, so a decode step touches [rows, longest row] and not [rows, capacity].
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, Cache
@@ -15,6 +16,8 @@ from transformers import AttentionInterface, Cache
 ATTENTION = "spoke_grouped"
 """The name under which transformers finds `grouped_attention`."""
 
+_LINE = 64
+"""Bytes of a cache line: where tensors should begin."""
 _ALIGN = 8
 """Columns are attended over in multiples of this: one vector of float32."""
 
@@ -38,8 +41,7 @@ class StateShape:
 class RowCache(Cache):
     """Keys and values by row and position.
 
-    Pages of a fresh allocation are zero and, on a CPU, take no memory before they are written; they must be zero,
-    because what the mask hides still takes part as 0 * value.
+    Fresh memory is zero, because what the mask hides still takes part as 0 * value.
 
     Args:
         shape: what a token leaves behind.
@@ -52,15 +54,17 @@ class RowCache(Cache):
         super().__init__(layers=[])
         self.shape = shape
         self.device = device
+        self._states = torch.empty(0)
         self.resize(rows, capacity)
 
     def resize(self, rows: int, capacity: int, used_rows: int = 0, used: int = 0) -> None:
         """Allocate anew, keeping the first `used` positions of the first `used_rows` rows."""
         kept = self._states[:, :, :used_rows, :, :used] if used_rows else None
         if kept is None:
-            self._states = self._flat = torch.empty(0)  # frees the old ones before the new ones come
+            # The old ones go before the new ones come.
+            self._states = self._flat = torch.empty(0)
         size = (self.shape.layers, 2, rows, self.shape.heads, capacity, self.shape.dim)
-        states = torch.zeros(size, dtype=self.shape.dtype, device=self.device)
+        states = lazy_zeros(size, self.shape.dtype, self.device)
         if kept is not None:
             states[:, :, :used_rows, :, :used] = kept
         self.rows, self.capacity = rows, capacity
@@ -78,7 +82,7 @@ class RowCache(Cache):
             rows: [N] int64 rows; None for the first N.
 
         Returns:
-            [N, 1, Q, L] additive mask, L at least the extent, that shows each query its own position and those before it.
+            [N, 1, Q, L] additive mask, L at least the extent: a query sees its own position and those before it.
         """
         extent = min(-(-extent // _ALIGN) * _ALIGN, self.capacity)
         self._extent, self._count, self._rows = extent, positions.shape[0], rows
@@ -90,7 +94,7 @@ class RowCache(Cache):
         return mask.masked_fill_(hidden, -torch.inf)
 
     def update(
-        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: object, **__: object
     ) -> tuple[Tensor, Tensor]:
         """Write [N, heads, Q, dim] of one layer; returns [N, heads, L, dim] keys and values of the rows."""
         # A padded query repeats its row's last token: equal values land on one place, in whatever order.
@@ -129,6 +133,16 @@ class RowCache(Cache):
         states[:, :, target] = states[:, :, source]
 
 
+def lazy_zeros(size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros that, on a CPU, take no memory before they are written, where `torch.zeros` would write them all."""
+    if device.type != "cpu":
+        return torch.zeros(size, dtype=dtype, device=device)
+    count = math.prod(size) * dtype.itemsize
+    memory = np.zeros(count + _LINE, dtype=np.uint8)
+    start = -memory.ctypes.data % _LINE
+    return torch.from_numpy(memory)[start : start + count].view(dtype).view(tuple(size))
+
+
 def grouped_attention(
     module: torch.nn.Module,
     query: Tensor,
@@ -137,11 +151,11 @@ def grouped_attention(
     attention_mask: Tensor,
     scaling: float | None = None,
     dropout: float = 0.0,
-    **options: Any,
+    **options: object,
 ) -> tuple[Tensor, None]:
     """Attention of query heads in groups that share a key-value head, without repeating keys and values.
 
-    A decode step is bound by reading keys and values; the stock paths write and read them again once per query head.
+    A decode step is bound by reading keys and values; the stock paths copy them once more for each query head.
 
     Args:
         module: the attention module.
@@ -166,9 +180,11 @@ def grouped_attention(
     rows, heads, queries, dim = query.shape
     groups = heads // key.shape[1]
     scale = dim**-0.5 if scaling is None else scaling
-    grouped = (query * scale).reshape(rows, -1, groups * queries, dim)
+    grouped = query.reshape(rows, -1, groups * queries, dim)
     scores = (grouped @ key.transpose(2, 3)).view(rows, -1, groups, queries, key.shape[2])
-    weights = (scores + attention_mask[:, :, None]).softmax(-1, dtype=torch.float32)
+    # Scaled in float32: in bfloat16 the factor itself would round the scores.
+    scores = torch.add(attention_mask[:, :, None], scores.float(), alpha=scale)
+    weights = scores.softmax(-1, dtype=torch.float32)
     mixed = weights.to(value.dtype).view(rows, -1, groups * queries, key.shape[2]) @ value
     return mixed.view(rows, heads, queries, dim).transpose(1, 2).contiguous(), None
 

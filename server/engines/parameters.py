@@ -37,7 +37,9 @@ def stage(model: nn.Module, files: Iterable[Path]) -> Staged:
                     f"{path.name}: {name} has shape {list(tensor.shape)}, the model's is {list(parameter.shape)}"
                 )
             if id(parameter) in staged:
-                raise WeightsError(f"{path.name}: {name} is given twice, under this name or a tied one")
+                raise WeightsError(
+                    f"{path.name}: {name} is given twice, under this name or a tied one"
+                )
             staged[id(parameter)] = (parameter, tensor)
     missing = [name for name, p in model.named_parameters() if id(p) not in staged]
     if missing:

@@ -1,4 +1,4 @@
-"""Keys and values of prompts: found in the store, computed where they are missing, copied to every row that needs them."""
+"""Keys and values of prompts: found in the store, computed where missing, copied to every row that needs them."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -31,7 +31,9 @@ class Prefill:
     ) -> None:
         self._model, self._cache, self._rows, self._store = model, cache, rows, store
 
-    def prompts(self, groups: Mapping[tuple[int, ...], Sequence[int]]) -> dict[tuple[int, ...], int]:
+    def prompts(
+        self, groups: Mapping[tuple[int, ...], Sequence[int]]
+    ) -> dict[tuple[int, ...], int]:
         """Fill rows with all of their prompt but its last token, which the next decode step takes.
 
         Args:
@@ -64,7 +66,9 @@ class Prefill:
         """Compute positions start to stop of each row, where everything before start is there."""
         # Long ones first, so that rows of like length share a pass and little is padded.
         parts = zip(rows, starts, stops, strict=True)
-        work = sorted(((stop - at, row, at, stop) for row, at, stop in parts if at < stop), reverse=True)
+        work = sorted(
+            ((stop - at, row, at, stop) for row, at, stop in parts if at < stop), reverse=True
+        )
         while work:
             width = min(work[0][0], _CHUNK)
             batch, work = work[: _PASS // width], work[_PASS // width :]

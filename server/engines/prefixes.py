@@ -49,8 +49,8 @@ class PrefixStore:
     def clear(self) -> None:
         """Forget everything: the weights changed."""
         self._root = Segment((), None, None)
-        # Oldest use first. Whoever uses a segment uses its ancestors too, and they are stamped after it: the oldest
-        # one never has children.
+        # Oldest use first. Whoever uses a segment uses its ancestors too, and they are stamped after it: the
+        # oldest one never has children.
         self._ages: OrderedDict[Segment, None] = OrderedDict()
         self.nbytes = 0
 
@@ -99,7 +99,8 @@ class PrefixStore:
     def _split(self, lower: Segment, count: int) -> Segment:
         """Cut `lower` after `count` tokens; returns the new upper part."""
         parent, states = lower.parent, lower.states
-        assert parent is not None and states is not None, "the root is never split"
+        assert parent is not None, "the root is never split"
+        assert states is not None, "only the root has none"
         # Copies: a view of one half would keep the other half's memory alive after its eviction.
         upper = Segment(lower.tokens[:count], states[..., :count, :].clone(), parent)
         lower.tokens, lower.states = lower.tokens[count:], states[..., count:, :].clone()
@@ -119,7 +120,8 @@ class PrefixStore:
     def _evict(self) -> None:
         """Drop the leaf that was used longest ago."""
         oldest, _ = self._ages.popitem(last=False)
-        assert oldest.parent is not None and not oldest.children, "ancestors are stamped last"
+        assert oldest.parent is not None, "the root has no age"
+        assert not oldest.children, "ancestors are stamped last"
         del oldest.parent.children[oldest.tokens[0]]
         self.nbytes -= oldest.nbytes
 

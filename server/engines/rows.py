@@ -4,56 +4,12 @@ A decode step reads and writes these tensors as a whole; Python looks at single 
 """
 
 from collections.abc import Sequence
-from concurrent.futures import Future, InvalidStateError
-from contextlib import suppress
-from dataclasses import dataclass, field
 
 import torch
 
-from server.engines.base import Completion, GenerateRequest, GenerateResult
+from server.engines.jobs import Sample
+from server.engines.kv import lazy_zeros
 from server.engines.sampling import signed64
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """One request on its way."""
-
-    request: GenerateRequest
-    future: Future[GenerateResult] = field(default_factory=Future)
-    completions: dict[int, Completion] = field(default_factory=dict)
-    """By sample index, as they finish."""
-    computed_tokens: int = 0
-    cached_tokens: int = 0
-
-    def succeed(self) -> None:
-        """Answer with all completions, unless the caller has gone."""
-        result = GenerateResult(
-            completions=[self.completions[index] for index in range(self.request.samples)],
-            computed_prefill_tokens=self.computed_tokens,
-            cached_tokens=self.cached_tokens,
-        )
-        with suppress(InvalidStateError):  # cancelled meanwhile, from the other thread
-            self.future.set_result(result)
-
-    def fail(self, error: Exception) -> None:
-        """Answer with an error, unless the caller has gone."""
-        with suppress(InvalidStateError):  # cancelled meanwhile, from the other thread
-            self.future.set_exception(error)
-
-
-@dataclass(slots=True, eq=False)
-class Sample:
-    """One continuation of a job: waits, then holds a row."""
-
-    job: Job
-    index: int
-    spans: list[tuple[int, int]] = field(default_factory=list)
-    """(weight version, tokens) up to the last weight update."""
-
-    @property
-    def prompt(self) -> tuple[int, ...]:
-        """[P] the request's tokens."""
-        return self.job.request.prompt_token_ids
 
 
 class Rows:
@@ -66,14 +22,16 @@ class Rows:
     """
 
     def __init__(self, rows: int, width: int, device: torch.device) -> None:
-        self.tokens = torch.zeros(rows, width, dtype=torch.int64, device=device)
+        self.tokens = lazy_zeros((rows, width), torch.int64, device)
         """[R, width] prompt, then sampled tokens."""
-        self.logprobs = torch.zeros(rows, width, device=device)
+        self.logprobs = lazy_zeros((rows, width), torch.float32, device)
         """[R, width] float32, in the columns of the sampled tokens."""
         self._numbers = torch.zeros(rows, 6, dtype=torch.int64, device=device)
         self._factors = torch.ones(rows, 2, dtype=torch.float64, device=device)
         # Views, so that a row is written and moved in one go.
-        self.length, self.limit, self.start, self.seed, self.top_k, self.live = self._numbers.unbind(1)
+        self.length, self.limit, self.start, self.seed, self.top_k, self.live = (
+            self._numbers.unbind(1)
+        )
         self.temperature, self.top_p = self._factors.unbind(1)
         self.length.fill_(1)
         self.samples: list[Sample | None] = [None] * rows
@@ -129,7 +87,7 @@ class Rows:
             self.span -= 1
 
     def holes(self) -> tuple[list[int], list[int]]:
-        """Rows to move, last first, and the free rows before them to move to: afterwards none is free below `span`."""
+        """Rows to move, and the free rows to move them to: afterwards none is free below `span`."""
         moving = [row for row in range(self.count, self.span) if self.samples[row] is not None]
         return moving, [row for row in range(self.count) if self.samples[row] is None]
 

@@ -31,5 +31,5 @@ class StopStrings:
             self._tokenizer, self._loaded = self._load(), True
         if self._tokenizer is None:
             return False
-        text = self._tokenizer.decode(tokens)
+        text = self._tokenizer.decode(list(tokens))
         return any(stop in text for stop in stops)

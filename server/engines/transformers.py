@@ -16,10 +16,10 @@ from server.engines.base import (
     Weights,
 )
 from server.engines.batch import Batch, Times
+from server.engines.jobs import Job
 from server.engines.model import LanguageModel
 from server.engines.parameters import Staged, stage
 from server.engines.requests import check_request
-from server.engines.rows import Job
 from server.engines.settings import EngineSettings
 from server.engines.worker import Worker
 from shared.errors import EngineError

@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import logging
+import math
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Iterator
+from typing import Any, TypeVar
 from uuid import uuid4
 
 from server.engines import vllm_start
@@ -19,7 +21,6 @@ from server.engines.base import (
 from server.engines.settings import EngineSettings
 from server.engines.vllm_start import (
     AsyncLLM,
-    EngineDeadError,
     RequestOutput,
     RequestOutputKind,
     SamplingParams,
@@ -28,6 +29,9 @@ from server.engines.vllm_start import (
 )
 from shared.errors import EngineError, RequestError, SpokeError, WeightsError
 from shared.tree import FinishReason
+
+log = logging.getLogger("spoke.engine")
+T = TypeVar("T")
 
 CHECK_SECONDS = 30.0
 """Longest wait for a sign of life."""
@@ -51,10 +55,12 @@ class VllmEngine:
         Raises:
             EngineError: it cannot.
         """
-        fault = await self._ask("spoke_open")
-        if fault is not None:
-            raise EngineError(fault)
-        await self._llm.update_weight_version(_label(0))
+        with _our_errors():
+            fault = await self._ask("spoke_open")
+            if fault is not None:
+                raise EngineError(f"vLLM cannot serve {self._info.model}: {fault}")
+            log.info("vLLM is open; new weights go in by %s", await self._ask("spoke_path"))
+            await self._while_alive(self._llm.update_weight_version(_label(0)))
 
     @property
     def info(self) -> EngineInfo:
@@ -73,7 +79,8 @@ class VllmEngine:
         prompt tokens once a request: the first finds what was in its cache before, the others what the first left
         there. Of these the count of one stands for all.
         """
-        self._refuse_misfit(request)
+        llm = self._llm
+        _refuse_misfit(request, self._info)
         prompt = tokens_input(list(request.prompt_token_ids), cache_salt=self._salt)
         # vLLM refuses several greedy samples: they would all be the same.
         greedy = request.temperature == 0.0
@@ -84,7 +91,8 @@ class VllmEngine:
         try:
             with _our_errors():
                 settings = [_sampling(request, self._info, *part) for part in parts]
-                answers = await asyncio.gather(*(self._run(prompt, one) for one in settings))
+                jobs = (llm.generate(prompt, one, request_id=uuid4().hex) for one in settings)
+                answers = await self._while_alive(asyncio.gather(*map(_final, jobs)))
         finally:
             self._running -= 1
         outputs = [output for answer in answers for output in answer.outputs]
@@ -123,7 +131,7 @@ class VllmEngine:
                 async with asyncio.timeout(CHECK_SECONDS):
                     await self._llm.check_health()
                     if self._running or self._swaps:
-                        await self._ask("spoke_ping")
+                        await self._ask("spoke_path")
                     else:
                         await self.generate(probe)
         except TimeoutError as error:
@@ -137,11 +145,11 @@ class VllmEngine:
         if llm is None:
             return
         if llm.output_handler is not None:
-            llm.output_handler.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await llm.output_handler
-        llm.output_processor.propagate_error(EngineDeadError())  # to requests that still run
+            llm.output_handler.cancel()  # which ends what still waits for an answer
+        context = llm.engine_core.resources.ctx
         await asyncio.to_thread(llm.shutdown)
+        await asyncio.sleep(0)  # the closing of its sockets was put on this loop
+        context.destroy(linger=0)  # ZeroMQ's threads, which vLLM leaves
 
     @property
     def _llm(self) -> AsyncLLM:
@@ -149,15 +157,8 @@ class VllmEngine:
             raise EngineError("the engine is closed")
         return self._opened
 
-    async def _run(self, prompt: Any, params: SamplingParams) -> RequestOutput:  # noqa: ANN401 - vLLM's input
-        """The one, final output of a vLLM request. Cancelling aborts it."""
-        final = None
-        async for output in self._llm.generate(prompt, params, request_id=uuid4().hex):
-            final = output
-        assert final is not None, "vLLM ended a request without an output"
-        return final
-
     async def _swap(self, weights: Weights) -> ApplyReport:
+        llm, alive = self._llm, self._while_alive
         files = [str(file) for file in weights.files]
         async with self._swapping:
             with _our_errors():
@@ -168,57 +169,75 @@ class VllmEngine:
                 try:
                     # Keys and values of running requests go too and are computed again: kept ones would be the
                     # old weights'. No token is sampled until the version is named, so that spans are exact.
-                    await self._llm.pause_generation(mode="keep", clear_cache=True)
+                    await alive(llm.pause_generation(mode="keep", clear_cache=True))
                     apply_s = await self._ask("spoke_load", files)
-                    await self._llm.update_weight_version(_label(weights.version))
+                    await alive(llm.update_weight_version(_label(weights.version)))
                     self._version, self._salt = weights.version, weights.digest
                 finally:
-                    await self._llm.resume_generation()
+                    await alive(llm.resume_generation())
             return ApplyReport(pause_s=time.perf_counter() - began, apply_s=apply_s)
 
     async def _ask(self, method: str, *args: object) -> Any:  # noqa: ANN401 - what the method returns
         """The one worker's answer to a method of `vllm_worker.WeightLoader`."""
-        return (await self._llm.collective_rpc(method, args=args))[0]
+        return (await self._while_alive(self._llm.collective_rpc(method, args=args)))[0]
 
-    def _refuse_misfit(self, request: GenerateRequest) -> None:
-        """Raise for what vLLM would refuse, or quietly take otherwise than it is meant."""
-        info, tokens = self._info, request.prompt_token_ids
-        if not tokens:
-            raise RequestError("prompt_token_ids", "is empty; give at least one token")
-        if odd := [
-            token for token in (min(tokens), max(tokens)) if not 0 <= token < info.vocab_size
-        ]:
-            raise RequestError(
-                "prompt_token_ids", f"{odd[0]} is not one of the {info.vocab_size} tokens"
-            )
-        if len(tokens) >= info.max_model_len:
-            raise RequestError(
-                "prompt_token_ids",
-                f"{len(tokens)} tokens leave no room for a response in {info.max_model_len}",
-            )
-        if request.samples < 1 or request.max_tokens < 1:
-            raise RequestError("samples", "samples and max_tokens must be at least 1")
-        if not 0 <= request.seed < 2**63 - request.samples:
-            raise RequestError("seed", f"{request.seed} is not between 0 and 2^63 - samples")
+    async def _while_alive(self, call: Awaitable[T]) -> T:
+        """The answer to a call, or an error once vLLM's process is gone: many calls would wait for ever then."""
+        task = asyncio.ensure_future(call)
+        reader = self._llm.output_handler  # ends with the process
+        assert reader is not None, "vLLM reads its process from the first moment on this loop"
+        try:
+            await asyncio.wait({task, reader}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise EngineError("vLLM's process is gone")
+            return task.result()
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
 
 
 async def open_engine(settings: EngineSettings) -> VllmEngine:
     """Start vLLM. Blocks the event loop while it does (8-40 s): open an engine before serving from the loop.
 
     Raises:
-        EngineError: vLLM does not run here, or not this checkpoint, or not in a way that takes new weights.
+        ConfigError: no such checkpoint, device, number format or limit.
+        EngineError: vLLM does not run here, or cannot serve this checkpoint.
     """
-    llm = None
     try:
         llm, info = vllm_start.start(settings)
-        engine = VllmEngine(llm, info)
-        await engine.prepare()
-        return engine
+    except SpokeError:
+        raise
     except Exception as error:  # vLLM's start raises every kind of error; the caller needs one line
-        if llm is not None:
-            llm.shutdown()
-        line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise EngineError(f"vLLM cannot open {settings.model}: {line}") from error
+        line = vllm_start.reason(error)
+        raise EngineError(f"vLLM did not start {settings.model}: {line}") from error
+    engine = VllmEngine(llm, info)
+    try:
+        await engine.prepare()
+    except BaseException:
+        await engine.close()
+        raise
+    return engine
+
+
+def _refuse_misfit(request: GenerateRequest, info: EngineInfo) -> None:
+    """Raise for what vLLM would refuse, or quietly take otherwise than it is meant."""
+    tokens = request.prompt_token_ids
+    if not tokens:
+        raise RequestError("prompt_token_ids", "is empty; give at least one token")
+    if odd := [token for token in (min(tokens), max(tokens)) if not 0 <= token < info.vocab_size]:
+        raise RequestError(
+            "prompt_token_ids", f"{odd[0]} is not one of the {info.vocab_size} tokens"
+        )
+    if len(tokens) >= info.max_model_len:
+        raise RequestError(
+            "prompt_token_ids",
+            f"{len(tokens)} tokens leave no room for a response in {info.max_model_len}",
+        )
+    if request.samples < 1 or request.max_tokens < 1:
+        raise RequestError("samples", "samples and max_tokens must be at least 1")
+    if not 0 <= request.seed < 2**63 - request.samples:
+        raise RequestError("seed", f"{request.seed} is not between 0 and 2^63 - samples")
 
 
 def _sampling(
@@ -243,12 +262,25 @@ def _sampling(
     )
 
 
+async def _final(outputs: AsyncIterator[RequestOutput]) -> RequestOutput:
+    """The one output of a vLLM request that gives its final one alone. Cancelling aborts the request."""
+    final = None
+    async for output in outputs:  # to the end: a generator that is left half-way aborts its request
+        final = output
+    if final is None:
+        raise EngineError("vLLM ended a request without an answer")
+    return final
+
+
 def _completion(output: Any) -> Completion:  # noqa: ANN401 - vLLM's CompletionOutput
     if output.finish_reason not in set(FinishReason):
         raise EngineError(f"vLLM finished a request by {output.finish_reason!r}")
+    logprobs = [] if output.logprobs is None else list(output.logprobs.logprobs)
+    if not math.isfinite(sum(logprobs)):
+        raise EngineError("the model gives logprobs that are not finite: push sound weights")
     return Completion(
         token_ids=list(output.token_ids),
-        logprobs=list(output.logprobs.logprobs) if output.logprobs is not None else [],
+        logprobs=logprobs,
         versions=[
             (int(span.version.removeprefix("v")), span.end - span.start)
             for span in output.weight_versions or ()
@@ -272,7 +304,5 @@ def _our_errors() -> Iterator[None]:
         raise
     except VLLMClientError as error:
         raise RequestError("sampling", str(error)) from error
-    except (
-        Exception
-    ) as error:  # the edge to vLLM's process, which sends its errors as bare Exceptions
+    except Exception as error:  # vLLM's process sends its errors as bare Exceptions
         raise EngineError(f"vLLM failed: {error}") from error

@@ -13,11 +13,16 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
+from pydantic import ValidationError
 from transformers import AutoConfig
 
 CPU = torch.version.cuda is None and torch.version.hip is None
 """Whether this machine's build of torch, and so of vLLM, is the one for CPUs."""
-_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+_ENVIRONMENT = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+}
 if CPU:
     # Two processes instead of three, and no C++ compiler at the first logprob.
     _ENVIRONMENT |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "TORCHDYNAMO_DISABLE": "1"}
@@ -33,19 +38,18 @@ from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine.async_llm import AsyncLLM
-from vllm.v1.engine.exceptions import EngineDeadError
 
 from server.engines.base import EngineInfo
 from server.engines.settings import EngineSettings
-from shared.errors import EngineError
+from shared.errors import ConfigError
 
 __all__ = [
     "AsyncLLM",
-    "EngineDeadError",
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
     "VLLMClientError",
+    "reason",
     "start",
     "start_method",
     "tokens_input",
@@ -56,23 +60,36 @@ def start(settings: EngineSettings) -> tuple[AsyncLLM, EngineInfo]:
     """Start vLLM's process and load the model; blocks for 8 to 40 seconds.
 
     Raises:
-        EngineError: this build of vLLM does not run on the device asked for.
-        Exception: whatever vLLM raises.
+        ConfigError: no such checkpoint, device, number format or limit.
+        Exception: whatever vLLM raises when it starts.
     """
     built_for = "cpu" if CPU else "cuda"
     if settings.device not in ("auto", built_for):
-        raise EngineError(f"this vLLM is built for {built_for}, not for {settings.device}")
+        raise ConfigError(f"device {settings.device}: the vLLM installed here is for {built_for}")
+    if settings.dtype not in ("auto", "float32", "bfloat16"):
+        raise ConfigError(f"dtype {settings.dtype}: must be auto, float32 or bfloat16")
     os.environ["OMP_NUM_THREADS"] = str(settings.threads)  # for a process that starts afresh
     torch.set_num_threads(settings.threads)  # for one that is forked
-    config = _arguments(settings).create_engine_config()
-    if CPU:
-        # Only now: creating the configuration sets `spawn`, which imports everything a second time.
-        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = start_method()
     with warnings.catch_warnings():
         # vLLM's own deprecations, here and in a forked child, mean nothing to whoever starts a server.
         warnings.filterwarnings("ignore", module=r"vllm\.|torch\.")
+        try:
+            config = _arguments(settings).create_engine_config()
+        except (
+            Exception
+        ) as error:  # what vLLM, transformers or the hub say of a checkpoint or a limit
+            raise ConfigError(f"model {settings.model}: {reason(error)}") from error
+        # Only now: on a CPU, creating the configuration chooses `spawn`, which imports everything a second time.
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = start_method()
         llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
     return llm, _info(settings, config)
+
+
+def reason(error: Exception) -> str:
+    """What an exception says, in one line."""
+    if isinstance(error, ValidationError):
+        return str(error.errors()[0]["msg"]).removeprefix("Value error, ").splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def start_method() -> str:
@@ -87,7 +104,6 @@ def start_method() -> str:
 
 
 def _arguments(settings: EngineSettings) -> AsyncEngineArgs:
-    model = AutoConfig.from_pretrained(settings.model)
     args: dict[str, Any] = {
         "model": settings.model,
         "dtype": settings.dtype,
@@ -100,10 +116,11 @@ def _arguments(settings: EngineSettings) -> AsyncEngineArgs:
         "use_tqdm_on_load": False,
         "disable_log_stats": True,
     }
-    if settings.dtype == "auto" and model.dtype in (torch.float32, torch.bfloat16):
-        args["dtype"] = str(model.dtype).removeprefix("torch.")  # vLLM's auto would halve float32
+    if settings.dtype == "auto":
+        saved = AutoConfig.from_pretrained(settings.model).dtype
+        if saved in (torch.float32, torch.bfloat16):
+            args["dtype"] = str(saved).removeprefix("torch.")  # vLLM's auto would halve float32
     if CPU:
-        longest = settings.max_model_len or model.get_text_config().max_position_embeddings
         args |= {
             "enforce_eager": True,
             "block_size": 32,
@@ -111,7 +128,6 @@ def _arguments(settings: EngineSettings) -> AsyncEngineArgs:
             # A prompt cut into pieces kills the engine where its request has a seed: vLLM turns back the
             # generator of a sample that it drops, and generators of the CPU cannot be turned back.
             "enable_chunked_prefill": False,
-            "max_num_batched_tokens": max(4096, longest, settings.max_batch),
         }
     else:
         args["gpu_memory_utilization"] = settings.gpu_memory_utilization
@@ -123,12 +139,14 @@ def _info(settings: EngineSettings, config: VllmConfig) -> EngineInfo:
     ends = model.try_get_generation_config().get("eos_token_id")
     if ends is None:
         ends = getattr(model.hf_text_config, "eos_token_id", None)
+    ends = ends if isinstance(ends, list) else [ends]
+    size = model.get_vocab_size()
     return EngineInfo(
         engine="vllm",
         model=settings.model,
         dtype=str(model.dtype).removeprefix("torch."),
         device="cpu" if CPU else current_platform.get_device_name(),
-        vocab_size=model.get_vocab_size(),
+        vocab_size=size,
         max_model_len=model.max_model_len,
-        eos_token_ids=tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,),
+        eos_token_ids=tuple(end for end in ends if end is not None and 0 <= end < size),
     )

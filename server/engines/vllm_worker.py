@@ -7,6 +7,7 @@ that an update is one copy per tensor. That the slots are right is proved at the
 checkpoint's tensor. A model for which they are not goes through vLLM's own loader, which must pass the same proof.
 """
 
+import contextlib
 import ctypes
 import signal
 import sys
@@ -37,8 +38,7 @@ class WeightLoader:
     _spoke_slots: dict[str, Tensor]
     _spoke_aliases: dict[str, str]
     _spoke_shapes: dict[str, tuple[int, ...]]
-    _spoke_direct: bool
-    _spoke_fixed: bool
+    _spoke_path: str
 
     # Of vLLM's worker, which this is mixed into.
     get_model: Any
@@ -61,23 +61,32 @@ class WeightLoader:
             )
         self._spoke_slots, self._spoke_aliases = slots(model)
         loader: Any = get_model_loader(self.load_config)
-        checkpoint = dict(loader.get_all_weights(self.model_config, model))
+        self._spoke_shapes, wrong = {}, set()
+        for name, tensor in loader.get_all_weights(self.model_config, model):
+            self._spoke_shapes[name] = tuple(tensor.shape)
+            if name not in self._spoke_slots or not holds(self._spoke_slots[name], tensor):
+                wrong.add(name)
         for alias, name in self._spoke_aliases.items():
-            if name in checkpoint:
-                checkpoint.pop(alias, None)
-        self._spoke_shapes = {name: tuple(tensor.shape) for name, tensor in checkpoint.items()}
-        self._spoke_direct = checkpoint.keys() == self._spoke_slots.keys() and all(
-            holds(self._spoke_slots[name], tensor) for name, tensor in checkpoint.items()
-        )
-        self._spoke_fixed = not self._spoke_direct and not reloads(model, checkpoint)
+            if name in self._spoke_shapes:
+                self._spoke_shapes.pop(alias, None)
+        if (
+            self._spoke_slots.keys() == self._spoke_shapes.keys()
+            and wrong <= self._spoke_aliases.keys()
+        ):
+            self._spoke_path = "slots"
+        elif reloads(model, loader.get_all_weights(self.model_config, model)):
+            self._spoke_path = "loader"
+        else:
+            self._spoke_path = "none"
         return None
 
-    def spoke_ping(self) -> None:
-        """Answer, between two engine steps."""
+    def spoke_path(self) -> str:
+        """How new weights get in: `slots`, `loader` (vLLM's own), or `none`. Answers between two engine steps."""
+        return self._spoke_path
 
     def spoke_check(self, files: list[str]) -> str | None:
         """The first reason why `files` are not weights of this model; None where they are. Writes nothing."""
-        if self._spoke_fixed:
+        if self._spoke_path == "none":
             return "vLLM stores this model in a form that cannot take new weights"
         try:
             return misfit(self._spoke_shapes, self._spoke_aliases, files)
@@ -88,7 +97,7 @@ class WeightLoader:
         """Write weights that `spoke_check` passed; returns the seconds that it took."""
         began = time.perf_counter()
         fresh = ((n, t) for n, t in tensors(files) if n not in self._spoke_aliases)
-        if self._spoke_direct:
+        if self._spoke_path == "slots":
             with torch.no_grad():
                 for name, tensor in fresh:
                     self._spoke_slots[name].copy_(tensor)
@@ -120,8 +129,8 @@ def slots(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
             if owners.setdefault(id(parameter), name) != name:
                 aliases[name] = owners[id(parameter)]
                 continue
-            data, sizes = parameter.data, getattr(module, "output_sizes", None)
-            if leaf in packed and sizes and sum(sizes) == len(data):
+            data, sizes = parameter.data, getattr(module, "output_sizes", None) or ()
+            if len(packed.get(leaf, ())) == len(sizes) > 0 and sum(sizes) == len(data):
                 parts = zip(packed[leaf], data.split(list(sizes)), strict=True)
                 views |= {f"{parent}.{part}.{kind}": view for part, view in parts}
             else:
@@ -149,11 +158,11 @@ def restore(model: nn.Module, before: Mapping[str, Tensor]) -> None:
             parameter.copy_(before[name])
 
 
-def reloads(model: Loadable, checkpoint: Mapping[str, Tensor]) -> bool:
+def reloads(model: Loadable, checkpoint: Iterable[tuple[str, Tensor]]) -> bool:
     """Whether vLLM's own loader, run again on the same checkpoint, leaves the model as it is."""
     before = snapshot(model)
     try:
-        model.load_weights(checkpoint.items())
+        model.load_weights(checkpoint)
         if all(torch.equal(p.cpu(), before[name]) for name, p in model.named_parameters()):
             return True
     except Exception:  # a loader that cannot run twice raises as it likes; the answer is no
@@ -163,11 +172,12 @@ def reloads(model: Loadable, checkpoint: Mapping[str, Tensor]) -> bool:
 
 
 def tensors(files: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of some safetensors files, one at a time."""
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - not a mapping, it cannot be iterated
-                yield name, opened.get_tensor(name)
+    """Every tensor of some safetensors files, one at a time; all files are open before the first."""
+    with contextlib.ExitStack() as stack:
+        shards = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
+        for shard in shards:
+            for name in shard.keys():  # noqa: SIM118 - not a mapping, it cannot be iterated
+                yield name, shard.get_tensor(name)
 
 
 def misfit(

@@ -1,4 +1,4 @@
-"""The thread that owns the model: it takes commands between two decode steps and sleeps when there is nothing to do."""
+"""The thread that owns the model: takes commands between two decode steps, sleeps when there is nothing to do."""
 
 import threading
 from collections.abc import Callable
@@ -10,8 +10,9 @@ from typing import Any, TypeVar
 import torch
 
 from server.engines.batch import Batch
-from server.engines.model import LanguageModel, load
-from server.engines.rows import Job
+from server.engines.jobs import Job
+from server.engines.loading import load
+from server.engines.model import LanguageModel
 from server.engines.settings import EngineSettings
 from shared.errors import EngineError
 

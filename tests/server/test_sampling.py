@@ -72,7 +72,9 @@ def test_tokens_come_as_often_as_they_should():
     logits = torch.tensor([2.0, 1.0, 0.0, 0.5, -1.0, 1.5, -0.5, 0.2])
     n = 20_000
     tokens, _ = sample(
-        logits.expand(n, -1), uniforms(torch.arange(n), torch.zeros(n).long()), torch.full((n,), 0.7)
+        logits.expand(n, -1),
+        uniforms(torch.arange(n), torch.zeros(n).long()),
+        torch.full((n,), 0.7),
     )
     expected = (logits / 0.7).softmax(-1) * n
     chi_square = float(((tokens.bincount(minlength=8) - expected) ** 2 / expected).sum())
@@ -87,11 +89,10 @@ def test_inversion_is_that_of_a_loop():
     tokens, logprobs = sample(logits, uniform, temperature)
     for row in range(64):
         exact = (logits[row].double() / temperature[row].double()).softmax(-1)
-        total = 0.0
-        for expected, probability in enumerate(exact.tolist()):
-            total += probability
-            if total > float(uniform[row]):
-                break
+        expected, total = 0, float(exact[0])
+        while total <= float(uniform[row]):
+            expected += 1
+            total += float(exact[expected])
         assert int(tokens[row]) == expected
         assert float(logprobs[row]) == pytest.approx(math.log(exact[expected]), abs=1e-5)
 
@@ -100,7 +101,11 @@ def test_temperature_zero_is_greedy_and_scored_at_one():
     logits = torch.tensor([[0.0, 3.0, 1.0], [5.0, 3.0, 1.0]])
     zero = torch.zeros(2)
     tokens, logprobs = sample(
-        logits, torch.tensor([0.99, 0.99]).double(), zero, torch.tensor([1, 2]), torch.ones(2).double()
+        logits,
+        torch.tensor([0.99, 0.99]).double(),
+        zero,
+        torch.tensor([1, 2]),
+        torch.ones(2).double(),
     )
     assert tokens.tolist() == [1, 0]
     torch.testing.assert_close(logprobs, logits.log_softmax(-1).amax(-1))
@@ -143,7 +148,7 @@ def test_truncation_is_that_of_a_loop():
     top_p[::3] = 1.0
     kept = truncate(logits, top_k, top_p)
     for row in range(40):
-        order = sorted(range(12), key=lambda t: -float(logits[row, t]))  # noqa: B023 - used at once
+        order = sorted(range(12), key=lambda t: -float(logits[row, t]))
         if top_k[row]:
             order = order[: int(top_k[row])]
         weights = [math.exp(float(logits[row, t])) for t in order]

@@ -1,0 +1,105 @@
+"""The process that vLLM runs in: how it starts, and that it ends with its engine, whatever ends that."""
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+pytestmark = [pytest.mark.vllm, pytest.mark.slow]
+
+PROGRAM = """
+import asyncio, json, multiprocessing, os, signal, sys
+from server.engines import vllm, vllm_start
+from server.engines.base import GenerateRequest
+from server.engines.settings import EngineSettings
+from shared.errors import EngineError
+
+request = GenerateRequest(prompt_token_ids=(5, 6), samples=2, max_tokens=500, temperature=1.0, seed=0)
+
+async def failure(awaited):
+    try:
+        await awaited
+    except EngineError:
+        return "EngineError"
+
+async def main():
+    method = vllm_start.start_method()
+    engine = await vllm.open_engine(EngineSettings(model=sys.argv[1], dtype="float32", kv_cache_gib=0.1))
+    (worker,) = multiprocessing.active_children()
+    print(json.dumps({"method": method, "worker": worker.pid}), flush=True)
+    if sys.argv[2] == "wait":
+        sys.stdin.read()
+    lost = []
+    if sys.argv[2] == "lose":
+        pending = asyncio.create_task(engine.generate(request))
+        await asyncio.sleep(0)
+        os.kill(worker.pid, signal.SIGKILL)
+        lost = [await failure(pending), await failure(engine.check()), await failure(engine.generate(request))]
+    await engine.close()
+    await engine.close()
+    left = [child.name for child in multiprocessing.active_children()]
+    names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+    left += [name for name in names if name.startswith("ZMQ")]
+    print(json.dumps({"lost": lost, "left": left, "closed": await failure(engine.generate(request))}))
+
+asyncio.run(main())
+"""
+
+
+@contextlib.contextmanager
+def program(model: Path, what: str) -> Iterator[subprocess.Popen]:
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("VLLM", "SPOKE"))}
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(model), what],
+        cwd=ROOT,
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()  # the engine's process goes with it
+
+
+def gone(pid: int, seconds: float) -> bool:
+    """Whether a process ends within some seconds."""
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        return bool(select.select([handle], [], [], seconds)[0])
+    finally:
+        os.close(handle)
+
+
+@pytest.mark.parametrize(("what", "lost"), [("close", []), ("lose", ["EngineError"] * 3)])
+def test_an_engine_ends_with_its_process_alive_or_lost(tiny_math, what, lost):
+    with program(tiny_math, what) as process:
+        out, error = process.communicate(timeout=200)
+    first, last = (json.loads(line) for line in out.splitlines() if line.startswith("{"))
+    assert first["method"] == "fork"  # the quick start, in a process that has one thread
+    assert last == {"lost": lost, "left": [], "closed": "EngineError"}
+    assert process.returncode == 0
+    assert gone(first["worker"], 5)
+    if what == "close":
+        assert "Traceback" not in error
+
+
+def test_a_server_that_is_killed_takes_its_engine_with_it(tiny_math):
+    with program(tiny_math, "wait") as process:
+        worker = json.loads(process.stdout.readline())["worker"]
+        process.send_signal(signal.SIGKILL)
+    assert gone(worker, 10)
