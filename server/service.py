@@ -6,6 +6,7 @@ request -> prompt token ids -> sampler (engine) -> tree of branches -> rewards a
 import secrets
 import time
 from dataclasses import dataclass, field
+from functools import partial
 
 from server.engines.base import Engine
 from server.idempotency import OnlyOnce
@@ -65,6 +66,7 @@ class RolloutService:
             RequestError: the request cannot be served as it stands.
             EngineError: the engine failed.
         """
+        arrived = time.monotonic()
         if request.reward is not None:
             reward = request.reward
             await self.rewards.check(reward.name, reward.reference, reward.options)
@@ -75,13 +77,11 @@ class RolloutService:
                 status=409,
             )
         prompt = self._prompt(request)
+        request_id = request.request_id or f"tree-{secrets.token_hex(8)}"
+        make = partial(self._make, request, prompt, request_id, arrived)
         if request.request_id is None:
-            return await self._make(request, prompt, f"tree-{secrets.token_hex(8)}")
-        request_id = request.request_id
-        body = sha256(request.model_dump_json().encode())
-        return await self._once.get(
-            request_id, body, lambda: self._make(request, prompt, request_id)
-        )
+            return await make()
+        return await self._once.get(request_id, sha256(request.model_dump_json().encode()), make)
 
     def _prompt(self, request: RolloutTreeRequest) -> tuple[int, ...]:
         """[P] token ids of the prompt, checked against the engine's limits."""
@@ -106,7 +106,11 @@ class RolloutService:
         return tuple(ids)
 
     async def _make(
-        self, request: RolloutTreeRequest, prompt: tuple[int, ...], request_id: str
+        self,
+        request: RolloutTreeRequest,
+        prompt: tuple[int, ...],
+        request_id: str,
+        arrived: float,
     ) -> RolloutTreeResponse:
         seed = request.sampling.seed
         sampler = Sampler(
@@ -140,7 +144,9 @@ class RolloutService:
             ),
             weight_versions=WeightVersions(min=min(versions), max=max(versions)),
             timing=Timing(
-                queue_s=0.0, sample_s=sampled - started, reward_s=time.monotonic() - sampled
+                queue_s=started - arrived,
+                sample_s=sampled - started,
+                reward_s=time.monotonic() - sampled,
             ),
         )
         return tree if request.reward is None else tree.with_values()

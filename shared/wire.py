@@ -113,9 +113,11 @@ class WeightVersions(WireModel):
 class Timing(WireModel):
     """Seconds."""
 
-    queue_s: float
-    sample_s: float
-    reward_s: float
+    queue_s: float = Field(description="From the request's arrival to its first engine request.")
+    sample_s: float = Field(
+        description="From there to the last token; waiting in the engine counts."
+    )
+    reward_s: float = Field(description="Grading the leaves.")
 
 
 class RolloutTreeResponse(RolloutTree):

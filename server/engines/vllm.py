@@ -50,7 +50,7 @@ class VllmEngine:
         self._swaps: set[asyncio.Task[ApplyReport]] = set()
 
     async def prepare(self) -> None:
-        """Prove that the model can be served and updated; before the first request.
+        """Prove that the model can be served, and how it can be updated; before the first request.
 
         Raises:
             EngineError: it cannot.
@@ -61,6 +61,7 @@ class VllmEngine:
                 raise EngineError(f"vLLM cannot serve {self._info.model}: {fault}")
             log.info("vLLM is open; new weights go in by %s", await self._ask("spoke_path"))
             await self._while_alive(self._llm.update_weight_version(_label(0)))
+        await self.check()  # some models load and fail at their first token
 
     @property
     def info(self) -> EngineInfo:

@@ -286,13 +286,13 @@ async def test_a_child_goes_on_where_its_parent_stopped(
 async def test_a_cancelled_request_frees_its_place_and_disturbs_nobody(
     engine: Engine, prompt: tuple[int, ...]
 ):
-    neighbour = ask(prompt, samples=4, max_tokens=60, temperature=1.0, seed=77)
+    neighbour = ask(prompt, samples=4, max_tokens=16, temperature=1.0, seed=77)
     alone = await run(engine, neighbour)
     # Most of it would run for long, and some of it has no place in the batch yet.
     long = ask(prompt[:3], samples=400, max_tokens=400, temperature=1.5, seed=10_000)
-    first = asyncio.create_task(run(engine, replace(neighbour, seed=78)))
+    first = asyncio.create_task(engine.generate(replace(neighbour, seed=78)))
     doomed = asyncio.create_task(engine.generate(long))
-    await first  # by now the long one has begun
+    await asyncio.wait_for(first, TIMEOUT)  # by now the long one has begun
     quick = asyncio.create_task(run(engine, neighbour))
     assert not doomed.done()
     doomed.cancel()
