@@ -41,7 +41,9 @@ Plan = Annotated[TreePlan | GroupPlan, Field(discriminator="kind")]
 class Sampling(WireModel):
     """How tokens are drawn."""
 
-    temperature: float = Field(default=1.0, ge=0.0, le=10.0, description="0 is greedy.")
+    temperature: float = Field(
+        default=1.0, ge=0.0, le=2.0, description="0 is greedy; vLLM takes at most 2."
+    )
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     top_k: int = Field(default=0, ge=0, description="0 is off.")
     max_tokens: int = Field(

@@ -20,7 +20,7 @@ class EngineSettings:
     seed: int = 0
     """Of the engine; requests bring their own."""
     kv_cache_gib: float = 1.0
-    """Memory for keys and values on a CPU, GiB."""
+    """Memory for keys and values on a CPU, GiB; transformers: half for running rows, half for prefixes."""
     max_batch: int = 256
     """Most sequences that run at once; the others wait."""
     gpu_memory_utilization: float = 0.9

@@ -69,9 +69,7 @@ def start(settings: EngineSettings) -> tuple[AsyncLLM, EngineInfo]:
     if settings.dtype not in ("auto", "float32", "bfloat16"):
         raise ConfigError(f"dtype {settings.dtype}: must be auto, float32 or bfloat16")
     if settings.model.startswith((".", "/")) and not Path(settings.model).is_dir():
-        raise ConfigError(
-            f"model {settings.model}: no such folder"
-        )  # and no hub id: those have one slash
+        raise ConfigError(f"model {settings.model}: no such folder")  # and surely no hub id
     os.environ["OMP_NUM_THREADS"] = str(settings.threads)  # for a process that starts afresh
     torch.set_num_threads(settings.threads)  # for one that is forked
     with warnings.catch_warnings():
