@@ -86,7 +86,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, soft_wrap=True)
 
     def step(self, done: int, total: int, values: dict[str, Any]) -> None:
         """See `Reporter.step`."""

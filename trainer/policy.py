@@ -19,6 +19,10 @@ _ENTROPY_TOKENS = 1024
 """Entropies are computed for so many tokens at a time, since each takes copies of the whole vocabulary."""
 
 
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Formats of weights, by their names in configurations and manifests."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TokenScores:
     """What the model says about the tokens of a batch; see `packing` for the position convention."""

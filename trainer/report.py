@@ -89,7 +89,7 @@ def plot(summary: Summary, path: Path) -> None:
         yerr=errors,
         marker="o",
         capsize=3,
-        label="held-out pass@1 (temperature of training)",
+        label="held-out pass@1, sampled",
     )
     greedy = [(m.step, 100 * m.greedy.mean) for m in summary.measurements if m.greedy]
     if greedy:

@@ -7,37 +7,31 @@ is sampled by the policy that the update starts from.
 """
 
 import asyncio
-import contextlib
 import random
 import secrets
 from collections import Counter
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from shared.coordination import Coordinator, RedisCoordinator
-from shared.errors import ConfigError, FleetError, RequestError
-from shared.store import FsspecStore
+from shared.coordination import Coordinator
+from shared.errors import FleetError, RequestError
 from shared.wire import RolloutTreeResponse
 from trainer import checkpoints, metrics
 from trainer.algorithms import Segment, advantages
 from trainer.checkpoints import Progress
 from trainer.config import TrainSettings
-from trainer.data import Draw, Question, load
+from trainer.data import Draw, Question
 from trainer.evaluate import Accuracy, evaluate
-from trainer.fleet import Fleet, registered, wait_for_head, wait_for_servers
-from trainer.optimizer import PolicyOptimizer
+from trainer.fleet import Fleet, wait_for_head, wait_for_servers
 from trainer.packing import optimizer_batches
-from trainer.policy import load_policy, recompute_activations, state_tensors
-from trainer.publish import Publisher, lease
+from trainer.policy import DTYPES, state_tensors
+from trainer.prepare import build_learner, connect, open_folder, questions_of
+from trainer.publish import Publisher
 from trainer.report import Measurement, Reporter, Summary, plot
 from trainer.requests import tree_request
 from trainer.update import Learner, UpdateReport
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -226,96 +220,6 @@ class Trainer:
         )
 
 
-def open_folder(settings: TrainSettings, folder: Path, *, resume: bool) -> None:
-    """Make the run's folder and write its settings into it.
-
-    Raises:
-        ConfigError: a run is in it already and is not to be resumed.
-    """
-    if (folder / "metrics.jsonl").exists() and not resume:
-        raise ConfigError(f"--run-dir {folder}: a run is in it already; give another, or --resume")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(settings.model_dump_json(indent=2))
-
-
-def _questions(settings: TrainSettings) -> tuple[list[Question], list[Question]]:
-    """(training, held-out) questions."""
-    data = settings.data
-    fields = {"question_field": data.question_field, "answer_field": data.answer_field}
-    return load(data.train, **fields), load(data.heldout, **fields)
-
-
-def build_learner(settings: TrainSettings, checkpoint: Path | None) -> tuple[Learner, Progress]:
-    """Policy, reference and optimizer, from the start or from a checkpoint.
-
-    Raises:
-        ConfigError: the model or the checkpoint cannot be loaded.
-    """
-    torch.set_num_threads(settings.model.threads)
-    device = settings.model.device
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = DTYPES[settings.model.dtype]
-    policy = load_policy(checkpoint or settings.model.path, dtype, device)
-    if settings.model.gradient_checkpointing:
-        recompute_activations(policy)
-    reference = None
-    if settings.trainer.kl_coef > 0 and settings.trainer.kl != "none":
-        reference = load_policy(settings.model.path, dtype, device)
-    optimizer = PolicyOptimizer(
-        policy, settings.trainer, total_steps=settings.trainer.total_updates
-    )
-    progress = Progress(step=0, version=0, sampled_tokens=0)
-    if checkpoint is not None:
-        progress = checkpoints.restore(checkpoint, optimizer)
-    learner = Learner(
-        policy=policy,
-        reference=reference,
-        optimizer=optimizer,
-        settings=settings.trainer,
-        temperature=settings.rollout.temperature,
-        mask_threshold=settings.algorithm.mask_threshold,
-    )
-    return learner, progress
-
-
-@contextlib.asynccontextmanager
-async def _connect(
-    settings: TrainSettings, folder: Path
-) -> AsyncIterator[tuple[RedisCoordinator, Publisher, Fleet]]:
-    """Redis, the lease, the store and the fleet; closed in reverse.
-
-    Before anything slow: a Redis that is away, or another trainer, is known at once.
-    """
-    fleet_settings = settings.fleet
-    if fleet_settings.redis_url is None:
-        raise ConfigError(
-            "fleet.redis_url: training needs a Redis; set it with --set fleet.redis_url=redis://…"
-        )
-    url = fleet_settings.store or f"file://{(folder / 'weights').resolve()}"
-    store = FsspecStore(url, settings.run)
-    async with contextlib.AsyncExitStack() as stack:
-        coordinator = RedisCoordinator(fleet_settings.redis_url, settings.run)
-        stack.push_async_callback(coordinator.close)
-        token = await stack.enter_async_context(lease(coordinator))
-        fleet = Fleet(
-            registered(coordinator),
-            concurrency=settings.rollout.concurrency,
-            timeout_s=settings.rollout.timeout_s,
-        )
-        stack.push_async_callback(fleet.close)
-        publisher = Publisher(
-            store=store,
-            store_url=url,
-            coordinator=coordinator,
-            token=token,
-            run=settings.run,
-            dtype=fleet_settings.dtype,
-            keep=fleet_settings.keep_versions,
-        )
-        yield coordinator, publisher, fleet
-
-
 async def train(
     settings: TrainSettings, folder: Path, reporter: Reporter, *, resume: bool = False
 ) -> Summary:
@@ -332,12 +236,12 @@ async def train(
         CoordinationError: Redis is away, another trainer holds the run, or the fleet does not follow in time.
     """
     open_folder(settings, folder, resume=resume)
-    async with _connect(settings, folder) as (coordinator, publisher, fleet):
+    async with connect(settings, folder) as (coordinator, publisher, fleet):
         with metrics.MetricsLog(folder) as log:
             reporter.status("loading data and model")
             checkpoint = checkpoints.newest(folder) if resume else None
             # In a thread, as everything that takes long: the lease is renewed meanwhile.
-            questions, heldout = await asyncio.to_thread(_questions, settings)
+            questions, heldout = await asyncio.to_thread(questions_of, settings)
             learner, progress = await asyncio.to_thread(build_learner, settings, checkpoint)
             reporter.status("waiting for servers")
             await wait_for_servers(coordinator, settings.fleet.min_servers, settings.fleet.wait_s)

@@ -12,9 +12,8 @@ from shared.fleet import Head, ServerRecord
 from shared.store import FsspecStore
 from trainer.commands.fleet import table
 from trainer.fleet import wait_for_head
-from trainer.policy import load_policy, state_tensors
+from trainer.policy import DTYPES, load_policy, state_tensors
 from trainer.publish import Publisher, lease
-from trainer.train import DTYPES
 
 
 def run(args: argparse.Namespace) -> int:

@@ -1,0 +1,110 @@
+"""What a run needs before its first step: folder, questions, model and optimizer, Redis, store and fleet."""
+
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import torch
+
+from shared.coordination import RedisCoordinator
+from shared.errors import ConfigError
+from shared.store import FsspecStore
+from trainer import checkpoints
+from trainer.checkpoints import Progress
+from trainer.config import TrainSettings
+from trainer.data import Question, load
+from trainer.fleet import Fleet, registered
+from trainer.optimizer import PolicyOptimizer
+from trainer.policy import DTYPES, load_policy, recompute_activations
+from trainer.publish import Publisher, lease
+from trainer.update import Learner
+
+
+def open_folder(settings: TrainSettings, folder: Path, *, resume: bool) -> None:
+    """Make the run's folder and write its settings into it.
+
+    Raises:
+        ConfigError: a run is in it already and is not to be resumed.
+    """
+    if (folder / "metrics.jsonl").exists() and not resume:
+        raise ConfigError(f"--run-dir {folder}: a run is in it already; give another, or --resume")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(settings.model_dump_json(indent=2))
+
+
+def questions_of(settings: TrainSettings) -> tuple[list[Question], list[Question]]:
+    """(training, held-out) questions."""
+    data = settings.data
+    fields = {"question_field": data.question_field, "answer_field": data.answer_field}
+    return load(data.train, **fields), load(data.heldout, **fields)
+
+
+def build_learner(settings: TrainSettings, checkpoint: Path | None) -> tuple[Learner, Progress]:
+    """Policy, reference and optimizer, from the start or from a checkpoint.
+
+    Raises:
+        ConfigError: the model or the checkpoint cannot be loaded.
+    """
+    torch.set_num_threads(settings.model.threads)
+    device = settings.model.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = DTYPES[settings.model.dtype]
+    policy = load_policy(checkpoint or settings.model.path, dtype, device)
+    if settings.model.gradient_checkpointing:
+        recompute_activations(policy)
+    reference = None
+    if settings.trainer.kl_coef > 0 and settings.trainer.kl != "none":
+        reference = load_policy(settings.model.path, dtype, device)
+    optimizer = PolicyOptimizer(
+        policy, settings.trainer, total_steps=settings.trainer.total_updates
+    )
+    progress = Progress(step=0, version=0, sampled_tokens=0)
+    if checkpoint is not None:
+        progress = checkpoints.restore(checkpoint, optimizer)
+    learner = Learner(
+        policy=policy,
+        reference=reference,
+        optimizer=optimizer,
+        settings=settings.trainer,
+        temperature=settings.rollout.temperature,
+        mask_threshold=settings.algorithm.mask_threshold,
+    )
+    return learner, progress
+
+
+@contextlib.asynccontextmanager
+async def connect(
+    settings: TrainSettings, folder: Path
+) -> AsyncIterator[tuple[RedisCoordinator, Publisher, Fleet]]:
+    """Redis, the lease, the store and the fleet; closed in reverse.
+
+    Before anything slow: a Redis that is away, or another trainer, is known at once.
+    """
+    fleet_settings = settings.fleet
+    if fleet_settings.redis_url is None:
+        raise ConfigError(
+            "fleet.redis_url: training needs a Redis; set it with --set fleet.redis_url=redis://…"
+        )
+    url = fleet_settings.store or f"file://{(folder / 'weights').resolve()}"
+    store = FsspecStore(url, settings.run)
+    async with contextlib.AsyncExitStack() as stack:
+        coordinator = RedisCoordinator(fleet_settings.redis_url, settings.run)
+        stack.push_async_callback(coordinator.close)
+        token = await stack.enter_async_context(lease(coordinator))
+        fleet = Fleet(
+            registered(coordinator),
+            concurrency=settings.rollout.concurrency,
+            timeout_s=settings.rollout.timeout_s,
+        )
+        stack.push_async_callback(fleet.close)
+        publisher = Publisher(
+            store=store,
+            store_url=url,
+            coordinator=coordinator,
+            token=token,
+            run=settings.run,
+            dtype=fleet_settings.dtype,
+            keep=fleet_settings.keep_versions,
+        )
+        yield coordinator, publisher, fleet
