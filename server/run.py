@@ -8,6 +8,7 @@ A background task that dies takes the process down with a line that says why; it
 import asyncio
 import contextlib
 import logging
+import signal
 import socket
 import tempfile
 from pathlib import Path
@@ -80,8 +81,10 @@ class _Server(uvicorn.Server):
         self._status = status
 
     def handle_exit(self, sig: int, frame: object) -> None:
+        """Stop, without uvicorn's habit of raising the signal again, which would end us before we left."""
         self._status.state = ServerState.DRAINING
-        super().handle_exit(sig, frame)  # type: ignore[arg-type]  # a frame, whatever its type is called
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
 
 
 def check_model(model: str) -> None:

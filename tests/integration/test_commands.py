@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import free_port
+from support import free_port, running_server
 
 from shared.coordination import RedisCoordinator
 
@@ -122,6 +122,20 @@ def test_a_run_folder_is_not_trained_over(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("{}\n")
     done = spoke("train", "configs/quickstart.toml", "--run-dir", str(tmp_path))
     assert_one_clear_line(done, str(tmp_path), "--resume")
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+async def test_a_server_that_is_stopped_leaves_the_fleet_at_once(
+    tiny_math: Path, redis_url: str, tmp_path: Path, sent: signal.Signals
+) -> None:
+    follow = ["--engine", "transformers", "--redis-url", redis_url, "--run", "leaving"]
+    coordinator = RedisCoordinator(redis_url, "leaving")
+    with running_server(tiny_math, tmp_path / "server.log", *follow) as stopping:
+        assert [r.url for r in await coordinator.servers()] == [stopping.url]
+        stopping.process.send_signal(sent)
+        assert await asyncio.to_thread(stopping.process.wait, 20) == 0
+        assert await coordinator.servers() == []
+    await coordinator.close()
 
 
 def test_tree_prints_text_values_and_advantages(transformers_server: Any) -> None:
