@@ -30,6 +30,8 @@ def check_request(request: GenerateRequest, info: EngineInfo) -> None:
             raise RequestError(name, f"is {getattr(request, name)}; must be at least 1")
     if not 0 <= request.temperature < math.inf:
         raise RequestError("temperature", f"is {request.temperature}; must be finite, 0 or more")
+    if not 0 <= request.seed < 2**63 - request.samples:
+        raise RequestError("seed", f"is {request.seed}; must be from 0 to 2^63 - samples")
     if not 0 < request.top_p <= 1:
         raise RequestError("top_p", f"is {request.top_p}; must be above 0 and at most 1")
     if request.top_k < 0:

@@ -18,6 +18,7 @@ from server.engines.base import (
     GenerateResult,
     Weights,
 )
+from server.engines.requests import check_request
 from server.engines.settings import EngineSettings
 from server.engines.vllm_start import (
     AsyncLLM,
@@ -81,7 +82,7 @@ class VllmEngine:
         there. Of these the count of one stands for all.
         """
         llm = self._llm
-        _refuse_misfit(request, self._info)
+        check_request(request, self._info)
         prompt = tokens_input(list(request.prompt_token_ids), cache_salt=self._salt)
         # vLLM refuses several greedy samples: they would all be the same.
         greedy = request.temperature == 0.0
@@ -219,26 +220,6 @@ async def open_engine(settings: EngineSettings) -> VllmEngine:
         await engine.close()
         raise
     return engine
-
-
-def _refuse_misfit(request: GenerateRequest, info: EngineInfo) -> None:
-    """Raise for what vLLM would refuse, or quietly take otherwise than it is meant."""
-    tokens = request.prompt_token_ids
-    if not tokens:
-        raise RequestError("prompt_token_ids", "is empty; give at least one token")
-    if odd := [token for token in (min(tokens), max(tokens)) if not 0 <= token < info.vocab_size]:
-        raise RequestError(
-            "prompt_token_ids", f"{odd[0]} is not one of the {info.vocab_size} tokens"
-        )
-    if len(tokens) >= info.max_model_len:
-        raise RequestError(
-            "prompt_token_ids",
-            f"{len(tokens)} tokens leave no room for a response in {info.max_model_len}",
-        )
-    if request.samples < 1 or request.max_tokens < 1:
-        raise RequestError("samples", "samples and max_tokens must be at least 1")
-    if not 0 <= request.seed < 2**63 - request.samples:
-        raise RequestError("seed", f"{request.seed} is not between 0 and 2^63 - samples")
 
 
 def _sampling(

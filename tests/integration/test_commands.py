@@ -237,11 +237,10 @@ def test_a_quickstart_that_is_stopped_leaves_nothing_running(
     log = tmp_path / "out.log"
     with log.open("wb") as stream:
         process = subprocess.Popen(
-            quickstart(tmp_path / "run", "trainer.steps=500"),
-            stdout=stream,
-            stderr=stream,
-            cwd=ROOT,
-        )
+            quickstart(tmp_path / "run", "trainer.steps=500"), stdout=stream, stderr=stream, cwd=ROOT,
+            # As a terminal starts it: tests that run in the background have SIGINT ignored, and so would it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        )  # fmt: skip
     try:
         wait_until(lambda: b"servers ready" in log.read_bytes() or process.poll() is not None, 120)
         assert process.poll() is None, log.read_text()
@@ -250,6 +249,7 @@ def test_a_quickstart_that_is_stopped_leaves_nothing_running(
         assert process.wait(60) == code
     finally:
         process.kill()
+        process.wait()
     wait_until(lambda: not mentions(str(tmp_path)), 20)
     assert b"Traceback" not in log.read_bytes()
 
