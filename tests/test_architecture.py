@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,15 @@ def test_imports_point_downwards_and_seams_hold(path: Path) -> None:
     for module, files in ONLY_IN.items():
         assert module not in found or str(name) in files, f"{name} imports {module}"
     assert name.parts[0] == "server" or "fastapi" not in found
+
+
+def test_the_readme_has_a_line_for_every_file() -> None:
+    tree = (ROOT / "README.md").read_text().partition("## The parts")[2]
+    listed = Counter(
+        line.split()[0].rpartition("/")[2] for line in tree.splitlines() if line.strip()
+    )
+    there = Counter(path.name for path in FILES if path.name != "__init__.py")
+    assert {name for name, count in there.items() if listed[name] != count} == set()
 
 
 def test_shared_imports_without_the_heavy_stack() -> None:
