@@ -27,7 +27,6 @@ from server.tokens import Tokens
 from shared.coordination import RedisCoordinator
 from shared.errors import ConfigError, SpokeError
 from shared.fleet import ServerState
-from shared.manifest import check_run_name
 from shared.store import FsspecStore
 
 log = logging.getLogger("spoke.server")
@@ -141,10 +140,6 @@ async def _coordinator(
 ) -> RedisCoordinator | None:
     if settings.redis_url is None:
         return None
-    try:
-        check_run_name(settings.run)
-    except ValueError as error:
-        raise ConfigError(f"--run: {error}") from None
     coordinator = RedisCoordinator(settings.redis_url, settings.run)
     stack.push_async_callback(coordinator.close)
     await coordinator.ping()

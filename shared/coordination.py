@@ -92,6 +92,9 @@ class RedisCoordinator:
     def __init__(self, url: str, run: str) -> None:
         try:
             self._keys = Keys(run)
+        except ValueError as error:
+            raise ConfigError(f"--run: {error}") from None
+        try:
             self._redis: Any = redis.asyncio.Redis.from_url(
                 url,
                 decode_responses=True,

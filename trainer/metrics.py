@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from shared.tree import FinishReason
 from shared.wire import RolloutTreeResponse
 from trainer.algorithms.base import Segment
 from trainer.update import UpdateReport
@@ -85,7 +86,8 @@ def of_trees(trees: Sequence[RolloutTreeResponse]) -> dict[str, Any]:
         "value": moments(values),
         "trees": len(trees),
         "leaves": len(leaves),
-        "unfinished": sum(leaf.finish_reason == "length" for leaf in leaves) / max(1, len(leaves)),
+        "unfinished": sum(leaf.finish_reason is FinishReason.LENGTH for leaf in leaves)
+        / max(1, len(leaves)),
         "reward_errors": sum(leaf.reward_error is not None for leaf in leaves),
         "tokens": {
             "prompt": sum(tree.usage.prompt_tokens for tree in trees),

@@ -14,6 +14,7 @@ from trainer.checkpoints import Progress
 from trainer.config import TrainSettings
 from trainer.data import Question, load
 from trainer.fleet import Fleet, registered
+from trainer.losses import KLEstimator
 from trainer.optimizer import PolicyOptimizer
 from trainer.policy import DTYPES, load_policy, recompute_activations
 from trainer.publish import Publisher, lease
@@ -54,7 +55,7 @@ def build_learner(settings: TrainSettings, checkpoint: Path | None) -> tuple[Lea
     if settings.model.gradient_checkpointing:
         recompute_activations(policy)
     reference = None
-    if settings.trainer.kl_coef > 0 and settings.trainer.kl != "none":
+    if settings.trainer.kl_coef > 0 and settings.trainer.kl is not KLEstimator.NONE:
         reference = load_policy(settings.model.path, dtype, device)
     optimizer = PolicyOptimizer(
         policy, settings.trainer, total_steps=settings.trainer.total_updates

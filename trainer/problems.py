@@ -11,13 +11,11 @@ Which split a story belongs to is a hash of its text, so the splits are disjoint
 """
 
 import hashlib
-import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from itertools import islice
-from pathlib import Path
 from typing import TypedDict
 from urllib.parse import parse_qsl, urlsplit
 
@@ -191,9 +189,3 @@ def load(name: str) -> list[Row]:
         raise ValueError(f"{name!r} is not of the form problems:train|heldout?seed=S&count=N")
     split = Split(url.path)
     return rows(split, int(query.get("seed", 0)), int(query.get("count", DEFAULT_COUNT[split])))
-
-
-def write_jsonl(path: Path, problems: Iterable[Row]) -> None:
-    """Write one JSON object a line, in UTF-8."""
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in problems)
-    path.write_text("".join(lines), encoding="utf-8")

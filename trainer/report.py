@@ -16,8 +16,6 @@ class Measurement:
 
     step: int
     """Steps done before it."""
-    elapsed_s: float
-    """Since the run's first step began, measurements included."""
     sampled: Accuracy
     greedy: Accuracy | None
 

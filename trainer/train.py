@@ -195,7 +195,6 @@ class Trainer:
                 greedy = await self._accuracy(questions, 1, 0.0)
         measurement = Measurement(
             step=self.progress.step,
-            elapsed_s=sum(self.summary.seconds.values()),
             sampled=sampled,
             greedy=greedy,
         )

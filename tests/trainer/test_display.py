@@ -24,7 +24,7 @@ def measurement(step: int, mean: float, greedy: float | None) -> Measurement:
         )  # fmt: skip
 
     found = None if greedy is None else accuracy(greedy)
-    return Measurement(step=step, elapsed_s=1.0, sampled=accuracy(mean), greedy=found)
+    return Measurement(step=step, sampled=accuracy(mean), greedy=found)
 
 
 def summary(folder: Path) -> Summary:

@@ -1,13 +1,11 @@
 """Semantics of the story generator: seeded, disjoint splits, right arithmetic."""
 
-import json
 import re
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 
-from trainer.problems import MAX_VALUE, Row, Split, load, rows, split_of, write_jsonl
+from trainer.problems import MAX_VALUE, Row, Split, load, rows, split_of
 
 _EQUATION = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)\.")
 
@@ -75,10 +73,3 @@ def test_5_names_of_data_are_resolved_and_bad_ones_refused() -> None:
     for bad in ("problems:test", "problems:train?sede=1", "gsm8k", "problems:train?seed=x"):
         with pytest.raises(ValueError, match="is not of the form"):
             load(bad)
-
-
-def test_6_jsonl_reads_back(tmp_path: Path) -> None:
-    problems = rows(Split.HELDOUT, 0, 30)
-    write_jsonl(tmp_path / "heldout.jsonl", problems)
-    lines = (tmp_path / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
-    assert [json.loads(line) for line in lines] == problems

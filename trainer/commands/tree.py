@@ -8,7 +8,7 @@ from rich.markup import escape
 from rich.tree import Tree
 
 from shared.errors import ConfigError
-from shared.tree import Node
+from shared.tree import FinishReason, Node
 from shared.wire import (
     Message,
     Reward,
@@ -18,6 +18,9 @@ from shared.wire import (
     TreePlan,
 )
 from trainer.commands.eval import fleet_of
+
+ENDS = {FinishReason.STOP: " [dim]■[/dim]", FinishReason.ABORT: " [red]aborted[/red]"}
+"""How a node's end is shown; one that was cut at its limit goes on below, or shows nothing."""
 
 
 def run(args: argparse.Namespace) -> int:
