@@ -136,14 +136,51 @@ class RolloutTree(BaseModel):
         """[T] the tokens from the prompt's end to the end of `node_id`."""
         return [token for node in self.path(node_id) for token in node.token_ids]
 
-    def with_values(self) -> Self:
-        """This tree with every value computed from the leaves' rewards; see `backup`."""
-        values = backup([node.parent for node in self.nodes], [node.reward for node in self.nodes])
+    def with_values(self, *, chain: bool = False) -> Self:
+        """This tree with every value computed from the rewards.
+
+        Args:
+            chain: the tree is of a chain plan, see `chain_values`; else see `backup`.
+        """
+        values = (
+            chain_values(self.nodes)
+            if chain
+            else backup([node.parent for node in self.nodes], [node.reward for node in self.nodes])
+        )
         nodes = [
             node.model_copy(update={"value": value})
             for node, value in zip(self.nodes, values, strict=True)
         ]
         return self.model_copy(update={"nodes": nodes})
+
+
+def chain_values(nodes: Sequence[Node]) -> list[float | None]:
+    """Values of a chain plan: the mean reward of a node's rollouts; the reward itself where a response ends.
+
+    An aborted rollout was cut by us and says nothing: it counts in no mean.
+
+    Args:
+        nodes: [N] of a tree, parents before children.
+
+    Returns:
+        [N] values; None where a node has neither rollouts nor a reward, and for the prompt unless it is a boundary.
+
+    >>> prompt = Node(id=0, parent=None, depth=0, role=Role.PROMPT, token_ids=[5])
+    >>> first = Node(id=1, parent=0, depth=1, token_ids=[6])
+    >>> rollouts = [Node(id=i, parent=1, depth=2, role=Role.ROLLOUT, reward=i - 2.0) for i in (2, 3)]
+    >>> chain_values([prompt, first, *rollouts, Node(id=4, parent=1, depth=2, token_ids=[7], reward=1.0)])
+    [None, 0.5, 0.0, 1.0, 1.0]
+    """
+    estimates: list[list[float]] = [[] for _ in nodes]
+    for node in nodes:
+        aborted = node.finish_reason is FinishReason.ABORT
+        if node.role is Role.ROLLOUT and node.reward is not None and not aborted:
+            assert node.parent is not None, "a rollout has a state that it starts from"
+            estimates[node.parent].append(node.reward)
+    return [
+        sum(rewards) / len(rewards) if rewards else node.reward
+        for node, rewards in zip(nodes, estimates, strict=True)
+    ]
 
 
 def backup(parents: Sequence[int | None], rewards: Sequence[float | None]) -> list[float | None]:

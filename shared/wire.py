@@ -28,14 +28,65 @@ class TreePlan(WireModel):
     )
 
 
+class FixedPartition(WireModel):
+    """A boundary at the prompt and after every `tokens` tokens."""
+
+    kind: Literal["fixed"] = "fixed"
+    tokens: int = Field(ge=1, description="M, tokens of a segment.")
+
+
+class CutpointsPartition(WireModel):
+    """SPO-chain: a boundary before every `interval`-th cutpoint, starting with the first."""
+
+    kind: Literal["cutpoints"] = "cutpoints"
+    threshold: float = Field(
+        default=0.9, gt=0.0, le=1.0, description="rho: a cutpoint's behaviour probability is below."
+    )
+    interval: int = Field(default=5, ge=1, description="Cutpoints from one boundary to the next.")
+
+
+class DelimiterPartition(WireModel):
+    """VinePPO's steps: a boundary at the prompt and after each occurrence of a text."""
+
+    kind: Literal["delimiter"] = "delimiter"
+    delimiter: str = Field(default="\n", min_length=1)
+
+
+class WholePartition(WireModel):
+    """One segment: the prompt is the only boundary."""
+
+    kind: Literal["whole"] = "whole"
+
+
+Partition = Annotated[
+    FixedPartition | CutpointsPartition | DelimiterPartition | WholePartition,
+    Field(discriminator="kind"),
+]
+
+
+class ChainPlan(WireModel):
+    """SPO-chain, VinePPO: whole responses, and Monte Carlo rollouts from the boundaries in them.
+
+    A response is a chain of nodes of role `segment`, one for each segment. Where a segment ends at a boundary, its
+    node also has `value_rollouts` children of role `rollout`; where the prompt is a boundary, so has the prompt.
+    Responses that reach the same boundary by the same tokens share its rollouts: they are sampled and counted
+    once, and stand below each of the nodes.
+    """
+
+    kind: Literal["chain"] = "chain"
+    samples: int = Field(ge=1, le=4096, description="Responses.")
+    partition: Partition = CutpointsPartition()
+    value_rollouts: int = Field(ge=1, le=4096, description="N, rollouts for each boundary.")
+
+
 class GroupPlan(WireModel):
-    """GRPO, RLOO: `samples` independent whole responses."""
+    """GRPO, RLOO, PPO: `samples` independent whole responses."""
 
     kind: Literal["group"] = "group"
     samples: int = Field(ge=1, le=4096)
 
 
-Plan = Annotated[TreePlan | GroupPlan, Field(discriminator="kind")]
+Plan = Annotated[TreePlan | ChainPlan | GroupPlan, Field(discriminator="kind")]
 
 
 class Sampling(WireModel):
