@@ -88,6 +88,7 @@ def policy_loss(
     participates: Tensor,
     *,
     denominator: float,
+    weights: Tensor | None = None,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     kl_coef: float = 0.0,
@@ -104,7 +105,8 @@ def policy_loss(
         behaviour_logprobs: [...] the same when it was sampled.
         advantages: [...] advantage of each token.
         participates: [...] true at the tokens that take part.
-        denominator: participating tokens of the whole optimizer batch; 0 counts as 1.
+        denominator: participating tokens of the whole optimizer batch (or see `averaging`); 0 counts as 1.
+        weights: [...] weight of each token in the loss, KL included; None is 1.
         clip_low: the ratio is clipped below 1 - clip_low.
         clip_high: the ratio is clipped above 1 + clip_high.
         kl_coef: beta, weight of the KL penalty.
@@ -123,7 +125,10 @@ def policy_loss(
         penalty = torch.zeros_like(objective)
     else:
         penalty = kl_penalty(logprobs, ref_logprobs[participates], kl)
-    loss = (objective.sum() + kl_coef * penalty.sum()) / max(denominator, 1.0)
+    losses = objective + kl_coef * penalty
+    if weights is not None:
+        losses = losses * weights[participates]
+    loss = losses.sum() / max(denominator, 1.0)
     with torch.no_grad():
         sums = LossSums(
             tokens=participates.sum(),
@@ -159,3 +164,23 @@ def total(sums: Iterable[LossSums]) -> LossSums:
     for more in rest:
         first = first + more
     return first
+
+
+def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, clip: float | None) -> Tensor:
+    """[...] loss of a critic at each token: half the squared error, the larger of clipped and plain.
+
+        max((V - return)^2, (V_old + clamp(V - V_old, -clip, clip) - return)^2) / 2
+
+    As in PPO's published code (arXiv 1707.06347 has the policy's clip alone).
+
+    Args:
+        values: [...] the critic's value before each token now, differentiable.
+        old_values: [...] the same when the advantages were made.
+        returns: [...] what it should have said.
+        clip: how far from the old value an update may profit; None does not clip.
+    """
+    plain = (values - returns).square()
+    if clip is None:
+        return plain / 2
+    near = old_values + (values - old_values).clamp(-clip, clip)
+    return torch.maximum(plain, (near - returns).square()) / 2

@@ -40,7 +40,11 @@ class Row:
     behaviour_logprobs: NDArray[np.float64]
     """[L] nats; 0 where nothing trains."""
     advantages: NDArray[np.float64]
-    """[L] advantage of the token's segment; 0 where nothing trains."""
+    """[L] advantage of the token, which is its segment's unless a critic gave its own; 0 where nothing trains."""
+    values: NDArray[np.float64]
+    """[L] the critic's value before each token, when it was scored; 0 where there is none."""
+    returns: NDArray[np.float64]
+    """[L] what the critic should have said; 0 where there is none."""
     versions: NDArray[np.int64]
     """[L] weight version that sampled each token; -1 for prompts."""
 
@@ -60,6 +64,8 @@ class Batch:
     participates: Tensor
     behaviour_logprobs: Tensor
     advantages: Tensor
+    values: Tensor
+    returns: Tensor
     versions: Tensor
 
 
@@ -128,7 +134,7 @@ def _row(
     if start == 0:
         raise ValueError(f"tree {tree.request_id!r} has no prompt tokens; give it a start token")
     response = np.zeros(len(token_ids), np.bool_)
-    logprobs, advantages = np.zeros(len(token_ids)), np.zeros(len(token_ids))
+    logprobs, advantages, values, returns = np.zeros((4, len(token_ids)))
     versions = np.full(len(token_ids), NO_VERSION, np.int64)
     for node in path:
         span = slice(start, start := start + len(node.token_ids))
@@ -139,14 +145,19 @@ def _row(
         if segment is not None:
             if node.logprobs is None:
                 raise ValueError(f"segment {segment.id} has no behaviour logprobs")
-            response[span], advantages[span] = True, segment.advantage
-            logprobs[span] = node.logprobs
+            response[span], logprobs[span] = True, node.logprobs
+            own = segment.tokens
+            advantages[span] = segment.advantage if own is None else own.advantages
+            if own is not None:
+                values[span], returns[span] = own.values, own.returns
     return Row(
         token_ids=np.array(token_ids, np.int64),
         response=response,
         participates=participates(response, logprobs, mask_threshold),
         behaviour_logprobs=logprobs,
         advantages=advantages,
+        values=values,
+        returns=returns,
         versions=versions,
     )
 
@@ -154,6 +165,19 @@ def _row(
 def participating_tokens(rows: Iterable[Row]) -> int:
     """The loss's denominator: tokens that take part in an optimizer batch."""
     return sum(int(row.participates.sum()) for row in rows)
+
+
+def needed(rows: Iterable[Row]) -> list[Row]:
+    """The rows as far as a loss over participating tokens reads them: none that lacks any, none past its last one.
+
+    Under causal attention no position sees what comes after it, so the loss and its gradient stay the same.
+    """
+    ends = ((row, np.flatnonzero(row.participates)) for row in rows)
+    return [_cut(row, int(places[-1]) + 1) for row, places in ends if len(places)]
+
+
+def _cut(row: Row, length: int) -> Row:
+    return Row(**{field.name: getattr(row, field.name)[:length] for field in fields(Row)})
 
 
 def micro_batches(rows: Sequence[Row], *, token_budget: int) -> list[list[Row]]:

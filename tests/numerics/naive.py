@@ -61,6 +61,77 @@ def trees(draw, max_nodes=12, branched=True):
     return make_tree(parents, counts, rewards, logprobs=logprobs)
 
 
+@st.composite
+def chains(draw, max_responses=3, max_segments=4, prompt_rollouts=None):
+    """Random chain plans: up to 4 segments a response, 0 to 4 tokens each, 1 to 3 rollouts a boundary.
+
+    prompt_rollouts: whether the prompt is a boundary; None draws it.
+    """
+    nodes = [{"id": 0, "parent": None, "depth": 0, "role": "prompt", "token_ids": [5, 6]}]
+    reward = st.one_of(st.sampled_from([0.0, 1.0, 0.1]), st.floats(-2, 2))
+    logprob = st.one_of(st.sampled_from([0.0, math.log(0.9), -0.5]), st.floats(-8, 0))
+
+    def add(parent, role, **fields):
+        count = draw(st.integers(0, 4))
+        own = {
+            "id": len(nodes), "parent": parent, "depth": nodes[parent]["depth"] + 1, "role": role,
+            "token_ids": [2 + (37 * len(nodes) + 11 * t) % 340 for t in range(count)],
+            "logprobs": [draw(logprob) for _ in range(count)],
+            "versions": [[3, count]] if count else [],
+        }  # fmt: skip
+        nodes.append(own | fields)
+        return own["id"]
+
+    def add_rollouts(parent):
+        for _ in range(draw(st.integers(1, 3))):
+            finish = draw(st.sampled_from(["stop", "stop", "length", "abort"]))
+            add(parent, "rollout", finish_reason=finish, reward=draw(reward))
+
+    if draw(st.booleans()) if prompt_rollouts is None else prompt_rollouts:
+        add_rollouts(0)
+    for _ in range(draw(st.integers(1, max_responses))):
+        parent = 0
+        for _ in range(draw(st.integers(0, max_segments - 1))):
+            parent = add(parent, "segment", finish_reason="length")
+            add_rollouts(parent)
+        finish = draw(st.sampled_from(["stop", "stop", "length", "abort"]))
+        add(parent, "segment", finish_reason=finish, reward=draw(reward))
+    return RolloutTree.model_validate({"request_id": "q", "nodes": nodes})
+
+
+def chain_value(tree, node_id):
+    """V of a state in a chain by looking at every node; None where nothing is known."""
+    below = [
+        node.reward
+        for node in tree.nodes
+        if node.parent == node_id and node.role == "rollout" and node.finish_reason != "abort"
+    ]
+    if below:
+        return math.fsum(below) / len(below)
+    return tree.nodes[node_id].reward
+
+
+def chain_advantage(tree, node_id):
+    """A of one segment; None where it has none."""
+    node = tree.nodes[node_id]
+    ends = not any(other.parent == node_id for other in tree.nodes)
+    if node.role != "segment" or not node.token_ids or (ends and node.finish_reason == "abort"):
+        return None
+    after, before = chain_value(tree, node_id), chain_value(tree, node.parent)
+    return 0.0 if after is None or before is None else after - before
+
+
+def gae(values, reward, gamma, lam):
+    """Generalised advantages by their definition, a double sum."""
+    size = len(values)
+
+    def delta(t):
+        following = values[t + 1] if t + 1 < size else 0.0
+        return (reward if t == size - 1 else 0.0) + gamma * following - values[t]
+
+    return [sum((gamma * lam) ** (k - t) * delta(k) for k in range(t, size)) for t in range(size)]
+
+
 def value(tree, node_id):
     """V by recursion."""
     children = [node.id for node in tree.nodes if node.parent == node_id]

@@ -10,7 +10,7 @@
 8.  An aborted leaf is missing data: no segment, and in no mean; so is a node whose leaves were all aborted.
 9.  A failed reward counts as what the server put there.
 10. grpo and rloo take whole responses: an unbranched path shares its leaf's advantage, a branched one is refused.
-11. Trees with Monte Carlo rollouts are refused by all three: values are means over those alone.
+11. Trees with Monte Carlo rollouts are refused by spo_tree, grpo and rloo: values are means over those alone.
 12. A leaf without a reward is an error. A tree without children gives nothing.
 13. Settings: unknown keys, names and thresholds are errors; every name has its algorithm.
 14. Nothing is ever NaN.
@@ -28,7 +28,9 @@ from shared.tree import RolloutTree
 from tests.numerics import naive
 from trainer.algorithms import ALGORITHMS, AlgorithmName, AlgorithmSettings, advantages
 
-ALL = [AlgorithmSettings(name=name) for name in AlgorithmName]
+FLAT = [AlgorithmName.SPO_TREE, AlgorithmName.GRPO, AlgorithmName.RLOO]
+"""Those that read whole responses without rollouts; chains are in test_chains.py, ppo in numerics/test_ppo.py."""
+ALL = [AlgorithmSettings(name=name) for name in FLAT]
 GROUPS = [s for s in ALL if s.name is not AlgorithmName.SPO_TREE]
 rewards = st.lists(
     st.one_of(st.sampled_from([0.0, 1.0, 0.1]), st.floats(-2, 2)), min_size=1, max_size=8
@@ -101,7 +103,7 @@ def test_5_one_response_alone():
     assert by_node(tree, settings("rloo")) == {1: 1.0}
 
 
-@pytest.mark.parametrize("name", AlgorithmName)
+@pytest.mark.parametrize("name", FLAT)
 @pytest.mark.parametrize("kind", ["difference", "normalised"])
 @pytest.mark.parametrize("reward", [0.1, 0.7, 1.0, 1e6 + 0.1])
 def test_6_equal_rewards_leave_nothing(name, kind, reward):
@@ -123,7 +125,7 @@ def test_6_what_is_not_zero_stays():
     assert by_node(tree, settings(drop_zero=True)) == {}
 
 
-@pytest.mark.parametrize("chosen", ALL, ids=str)
+@pytest.mark.parametrize("chosen", ALL, ids=lambda chosen: chosen.name)
 def test_7_a_node_without_tokens_counts_and_does_not_train(chosen):
     tree = naive.make_tree([0, 0], [0, 2], [1.0, 0.0])
     for one in (chosen, chosen.model_copy(update={"drop_zero": False})):
@@ -133,7 +135,7 @@ def test_7_a_node_without_tokens_counts_and_does_not_train(chosen):
         assert segment.id == "q/2"
 
 
-@pytest.mark.parametrize("chosen", ALL, ids=str)
+@pytest.mark.parametrize("chosen", ALL, ids=lambda chosen: chosen.name)
 def test_8_an_aborted_response_is_missing(chosen):
     whole = naive.make_tree([0, 0], [2, 2], [1.0, 0.0])
     cut = naive.make_tree(
@@ -162,7 +164,7 @@ def test_9_a_failed_reward_counts():
     assert by_node(tree, settings()) == {1: 0.5, 2: -0.5}
 
 
-@pytest.mark.parametrize("chosen", GROUPS, ids=str)
+@pytest.mark.parametrize("chosen", GROUPS, ids=lambda chosen: chosen.name)
 def test_10_whole_responses(chosen):
     single = naive.make_tree([0, 0], [4, 4], [1.0, 0.0])
     pieces = naive.make_tree([0, 1, 0, 3], [2, 2, 1, 3], [None, 1.0, None, 0.0])
@@ -173,7 +175,7 @@ def test_10_whole_responses(chosen):
         advantages(branched, chosen)
 
 
-@pytest.mark.parametrize("chosen", ALL, ids=str)
+@pytest.mark.parametrize("chosen", ALL, ids=lambda chosen: chosen.name)
 def test_11_value_rollouts_are_refused(chosen):
     nodes = naive.make_tree([0, 1], [1, 1], [None, 1.0]).model_dump()["nodes"]
     nodes[2]["role"] = "rollout"
@@ -182,7 +184,7 @@ def test_11_value_rollouts_are_refused(chosen):
         advantages(tree, chosen)
 
 
-@pytest.mark.parametrize("chosen", ALL, ids=str)
+@pytest.mark.parametrize("chosen", ALL, ids=lambda chosen: chosen.name)
 def test_12_rewards_are_needed_and_children_are_not(chosen):
     with pytest.raises(TreeError, match="leaf without a reward"):
         advantages(naive.make_tree([0], [1], [None]), chosen)

@@ -9,8 +9,11 @@ from trainer.algorithms.base import (
     Segment,
 )
 from trainer.algorithms.grpo import grpo
+from trainer.algorithms.ppo import ppo
 from trainer.algorithms.rloo import rloo
+from trainer.algorithms.spo_chain import spo_chain
 from trainer.algorithms.spo_tree import spo_tree
+from trainer.algorithms.vineppo import vineppo
 
 __all__ = [
     "ALGORITHMS",
@@ -24,8 +27,11 @@ __all__ = [
 
 ALGORITHMS: dict[AlgorithmName, Algorithm] = {
     AlgorithmName.SPO_TREE: spo_tree,
+    AlgorithmName.SPO_CHAIN: spo_chain,
+    AlgorithmName.VINEPPO: vineppo,
     AlgorithmName.GRPO: grpo,
     AlgorithmName.RLOO: rloo,
+    AlgorithmName.PPO: ppo,
 }
 
 

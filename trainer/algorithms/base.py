@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
 
-from pydantic import BaseModel, ConfigDict, Field
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from shared.tree import FinishReason, Node, Role, RolloutTree, backup
 
@@ -23,8 +25,11 @@ class AlgorithmName(StrEnum):
     """The algorithms there are."""
 
     SPO_TREE = "spo_tree"
+    SPO_CHAIN = "spo_chain"
+    VINEPPO = "vineppo"
     GRPO = "grpo"
     RLOO = "rloo"
+    PPO = "ppo"
 
 
 class AdvantageKind(StrEnum):
@@ -45,13 +50,43 @@ class AlgorithmSettings(BaseModel):
     advantage: AdvantageKind = Field(
         default=AdvantageKind.DIFFERENCE, description="Read by spo_tree alone."
     )
-    drop_zero: bool = Field(default=True, description="Drop segments with |advantage| < 1e-9.")
+    drop_zero: bool = Field(default=True, description="Drop segments that carry no gradient.")
+    zero_tolerance: float = Field(
+        default=NEGLIGIBLE,
+        ge=0,
+        description="An advantage closer to zero than this is none; 0 drops exact zeros alone, as the authors do.",
+    )
     mask_threshold: float | None = Field(
         default=0.9,
         gt=0,
         le=1,
-        description="rho: only tokens with behaviour probability below it train; null trains all.",
+        description="rho: only tokens with behaviour probability below it train; none trains all.",
     )
+    gamma: float = Field(default=1.0, gt=0, le=1, description="Discount of a token; read by ppo.")
+    gae_lambda: float = Field(default=1.0, ge=0, le=1, description="GAE's lambda; read by ppo.")
+    overlong_buffer: int = Field(
+        default=0, ge=0, description="Tokens before max_tokens in which a response is penalised."
+    )
+    overlong_penalty: float = Field(
+        default=1.0, gt=0, description="Taken from the reward of a response of max_tokens."
+    )
+
+    @field_validator("mask_threshold", mode="before")
+    @classmethod
+    def _none(cls, threshold: object) -> object:
+        return None if threshold == "none" else threshold  # TOML has no null
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TokenTargets:
+    """What a critic gives each token of a segment."""
+
+    advantages: NDArray[np.float64]
+    """[T] in the place of the segment's one advantage."""
+    values: NDArray[np.float64]
+    """[T] the critic's value before each token, when it was scored."""
+    returns: NDArray[np.float64]
+    """[T] what the critic should have said."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +97,8 @@ class Segment:
     node_id: int
     advantage: float
     """Shared by every token of the node; in rewards, or in standard deviations of them."""
+    tokens: TokenTargets | None = None
+    """Each token's own, from a critic; None where all share `advantage`."""
 
     @property
     def id(self) -> str:
@@ -121,5 +158,8 @@ def trainable(
     return [
         Segment(tree=tree, node_id=node_id, advantage=advantage)
         for node_id, advantage in advantages
-        if tree.nodes[node_id].token_ids and not (settings.drop_zero and negligible(advantage))
+        if tree.nodes[node_id].token_ids
+        and not (
+            settings.drop_zero and (advantage == 0 or abs(advantage) < settings.zero_tolerance)
+        )
     ]
