@@ -7,13 +7,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer
 
 from shared.errors import ConfigError
 from trainer.optimizer import PolicyOptimizer
+from trainer.replay import Replay
+from trainer.update import Learner
 
 STATE = "state.json"
 OPTIMIZER = "optimizer.pt"
+REPLAY = "replay.json"
+CRITIC = "critic"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,22 +29,20 @@ class Progress:
     version: int
     """Newest version that was published."""
     sampled_tokens: int
+    seconds: float = 0.0
+    """Spent on training; measurements and checkpoints not counted."""
 
 
 def save(
-    folder: Path,
-    policy: PreTrainedModel,
-    source: str,
-    optimizer: PolicyOptimizer,
-    progress: Progress,
+    folder: Path, learner: Learner, source: str, replay: Replay | None, progress: Progress
 ) -> Path:
     """Write one checkpoint, whole or not at all.
 
     Args:
         folder: of the run; the checkpoint goes to `checkpoints/step-000007` below it.
-        policy: the model.
+        learner: its policy is the checkpoint; the optimizer's state and the critic go beside it.
         source: checkpoint that the run started from, for the tokenizer.
-        optimizer: its state goes beside the model.
+        replay: segments that wait; None without replay.
         progress: where the run stands.
 
     Returns:
@@ -50,9 +52,14 @@ def save(
     partial = final.with_name(final.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    policy.save_pretrained(partial)
+    learner.policy.save_pretrained(partial)
     AutoTokenizer.from_pretrained(source).save_pretrained(partial)
-    torch.save(optimizer.state_dict(), partial / OPTIMIZER)
+    torch.save(learner.optimizer.state_dict(), partial / OPTIMIZER)
+    if learner.critic is not None:
+        learner.critic.model.save_pretrained(partial / CRITIC)
+        torch.save(learner.critic.optimizer.state_dict(), partial / CRITIC / OPTIMIZER)
+    if replay is not None:
+        (partial / REPLAY).write_text(replay.state())
     (partial / STATE).write_text(json.dumps(asdict(progress)))
     shutil.rmtree(final, ignore_errors=True)
     # By rename: a run that dies here leaves the checkpoint before this one as the newest.
@@ -72,14 +79,26 @@ def newest(folder: Path) -> Path:
     return found[-1]
 
 
-def restore(checkpoint: Path, optimizer: PolicyOptimizer) -> Progress:
-    """Load the optimizer's state; the model is loaded from the folder itself.
+def restore(checkpoint: Path, learner: Learner, replay: Replay | None) -> Progress:
+    """Load the states of optimizers and replay; the models are loaded from the folder itself.
 
     Raises:
-        ConfigError: the checkpoint is of another model.
+        ConfigError: the checkpoint is of another model, or lacks what the settings need.
     """
     try:
-        optimizer.load_state_dict(torch.load(checkpoint / OPTIMIZER, weights_only=True))
+        _load(learner.optimizer, checkpoint / OPTIMIZER)
+        if learner.critic is not None:
+            _load(learner.critic.optimizer, checkpoint / CRITIC / OPTIMIZER)
+        if replay is not None:
+            replay.restore((checkpoint / REPLAY).read_text())
+    except FileNotFoundError as error:
+        raise ConfigError(
+            f"--resume: {checkpoint} has no {Path(error.filename).name}; resume with the settings it was made with"
+        ) from None
     except ValueError as error:
         raise ConfigError(f"--resume: {checkpoint}: {error}") from None
     return Progress(**json.loads((checkpoint / STATE).read_text()))
+
+
+def _load(optimizer: PolicyOptimizer, path: Path) -> None:
+    optimizer.load_state_dict(torch.load(path, weights_only=True))

@@ -4,151 +4,67 @@ import difflib
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ValidationError, field_validator, model_validator
 
 from shared.errors import ConfigError
 from shared.manifest import check_run_name
-from shared.wire import Plan, TreePlan
+from shared.wire import TreePlan
 from trainer.algorithms.base import AlgorithmName, AlgorithmSettings
-from trainer.losses import KLEstimator
-from trainer.optimizer import OptimizerSettings
+from trainer.averaging import Average
+from trainer.settings import (
+    CriticSettings,
+    DataSettings,
+    EvaluationSettings,
+    FleetSettings,
+    LaunchSettings,
+    ModelSettings,
+    ReplaySettings,
+    RewardSettings,
+    RolloutSettings,
+    Settings,
+    TrainerSettings,
+)
 
+PLANS: dict[AlgorithmName, tuple[str, ...]] = {
+    AlgorithmName.SPO_TREE: ("tree", "group"),
+    AlgorithmName.SPO_CHAIN: ("chain",),
+    AlgorithmName.VINEPPO: ("chain",),
+    AlgorithmName.GRPO: ("group",),
+    AlgorithmName.RLOO: ("group",),
+    AlgorithmName.PPO: ("group",),
+}
+"""Kinds of plan that each algorithm reads."""
 
-class Settings(BaseModel):
-    """Base of every section: frozen, unknown keys refused."""
+EXAMPLES = {
+    "tree": '{ kind = "tree", branch_factors = [4, 2, 2], segment_tokens = 100 }',
+    "chain": '{ kind = "chain", samples = 8, value_rollouts = 9, partition = { kind = "cutpoints" } }',
+    "group": '{ kind = "group", samples = 8 }',
+}
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+TAGS = frozenset(EXAMPLES) | {"fixed", "cutpoints", "delimiter", "whole"}
+"""Kinds of plans and partitions, which stand in the location of an error but are no keys."""
 
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "reference": {
+        "algorithm": {"zero_tolerance": 0.0},
+        "trainer": {"whiten": "micro_batch", "average": "micro_batch"},
+    },
+}
+"""Settings by the name of a preset; what a file gives itself goes first.
 
-class ModelSettings(Settings):
-    """The policy."""
-
-    path: str
-    """Checkpoint in Hugging Face format: a hub id, or a directory (relative ones start at the config file)."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of the weights that compute; bfloat16 keeps float32 masters in the optimizer."""
-    device: str = "auto"
-    """`auto` is a GPU where there is one."""
-    threads: int = Field(default=1, ge=1)
-    """Torch threads on a CPU."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, a third more time."""
-
-
-class DataSettings(Settings):
-    """Questions with answers, in GSM8K's format."""
-
-    train: str
-    """`problems:…`, a JSONL file, `gsm8k`, or `hub:NAME[:CONFIG]:SPLIT`."""
-    heldout: str
-    question_field: str = "question"
-    answer_field: str = "answer"
-    prompt: str = "{question}\n"
-    """Template of the prompt."""
-    chat: bool = False
-    """Send the filled template as a user's message through the model's chat template."""
-
-    @field_validator("prompt")
-    @classmethod
-    def _has_question(cls, prompt: str) -> str:
-        if "{question}" not in prompt:
-            raise ValueError("the template needs {question}")
-        return prompt
-
-
-class RewardSettings(Settings):
-    """Which reward function of the servers grades, and its options."""
-
-    name: str = "gsm8k"
-    options: dict[str, Any] = Field(default_factory=dict)
-
-
-class RolloutSettings(Settings):
-    """What is sampled in each step."""
-
-    questions: int = Field(ge=1)
-    """Questions a step, one tree each."""
-    plan: Plan
-    temperature: float = Field(default=1.0, gt=0.0)
-    """0 would be greedy, which explores nothing; top-p and top-k are not offered, since the importance ratio
-    needs the whole distribution."""
-    max_tokens: int = Field(default=1024, ge=1)
-    concurrency: int = Field(default=64, ge=1)
-    """Most trees in flight."""
-    timeout_s: float = Field(default=600.0, gt=0.0)
-    """Bound of one tree, retries included."""
-
-
-class TrainerSettings(OptimizerSettings):
-    """The update, on top of the optimizer's own settings."""
-
-    steps: int = Field(ge=1)
-    """Iterations: rollout, update, publish."""
-    updates_per_step: int = Field(default=1, ge=1)
-    """Optimizer updates an iteration; each sees its share of the trees."""
-    epochs: int = Field(default=1, ge=1)
-    """Passes over an iteration's trees."""
-    clip_low: float = Field(default=0.2, gt=0.0, lt=1.0)
-    clip_high: float = Field(default=0.2, gt=0.0)
-    kl: KLEstimator = KLEstimator.K3
-    kl_coef: float = Field(default=1e-4, ge=0.0)
-    """0 loads no reference model."""
-    whiten: bool = True
-    """Whiten advantages over the participating tokens of each optimizer batch."""
-    token_budget: int = Field(default=16384, ge=1)
-    """Most tokens of a micro-batch, padding included."""
-    checkpoint_every: int = Field(default=0, ge=0)
-    """Steps between checkpoints; 0 is at the end alone."""
-
-    @property
-    def total_updates(self) -> int:
-        """Where the learning-rate schedule ends."""
-        return self.steps * self.updates_per_step * self.epochs
-
-
-class FleetSettings(Settings):
-    """Where the servers are and how versions reach them."""
-
-    redis_url: str | None = None
-    store: str | None = None
-    """Weight store, any fsspec URL; None is `weights` in the run folder, for servers on this machine."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of the published weights."""
-    min_servers: int = Field(default=1, ge=1)
-    wait_s: float = Field(default=300.0, gt=0.0)
-    """Bound of a wait for servers or for a version."""
-    keep_versions: int = Field(default=3, ge=1)
-
-
-class EvaluationSettings(Settings):
-    """Accuracy on held-out questions."""
-
-    questions: int = Field(default=500, ge=1)
-    samples: int = Field(default=4, ge=1)
-    temperature: float = Field(default=1.0, ge=0.0)
-    greedy: bool = True
-    """Measure greedy accuracy too, before and after."""
-    every: int = Field(default=0, ge=0)
-    """Steps between measurements during training; 0 is none."""
-    questions_during: int = Field(default=128, ge=1)
-
-
-class LaunchSettings(Settings):
-    """The servers that `spoke quickstart` starts on this machine."""
-
-    servers: int = Field(default=2, ge=1)
-    engine: Literal["auto", "vllm", "transformers"] = "transformers"
-    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
-    arguments: tuple[str, ...] = ()
-    """Further arguments of `python -m server`."""
+`reference` is what the authors' code does, for comparison only: whitening and averaging over each micro-batch by
+itself, and dropping exact zeros alone. Our defaults repair both (DESIGN section 4).
+"""
 
 
 class TrainSettings(Settings):
     """A whole run."""
 
     run: str
+    preset: str | None = None
+    """Settings to start from, by name; see `PRESETS`."""
     hardware: str = ""
     """What the run expects, for people."""
     seed: int = 0
@@ -157,6 +73,8 @@ class TrainSettings(Settings):
     reward: RewardSettings = RewardSettings()
     rollout: RolloutSettings
     algorithm: AlgorithmSettings = AlgorithmSettings()
+    replay: ReplaySettings = ReplaySettings()
+    critic: CriticSettings = CriticSettings()
     trainer: TrainerSettings
     fleet: FleetSettings = FleetSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
@@ -169,12 +87,39 @@ class TrainSettings(Settings):
 
     @model_validator(mode="after")
     def _plan_fits_algorithm(self) -> Self:
-        plan = self.rollout.plan
-        deep = isinstance(plan, TreePlan) and len(plan.branch_factors) > 1
-        if deep and self.algorithm.name is not AlgorithmName.SPO_TREE:
+        plan, name = self.rollout.plan, self.algorithm.name
+        kinds = PLANS[name]
+        flat = isinstance(plan, TreePlan) and len(plan.branch_factors) == 1
+        if plan.kind not in kinds and not (flat and "group" in kinds):
             raise ValueError(
-                f"algorithm.name = {self.algorithm.name!s} scores whole responses: "
-                'use rollout.plan = { kind = "group", samples = N }'
+                f"algorithm.name = {name!s} does not read a plan of kind {plan.kind!r}: "
+                f"use rollout.plan = {EXAMPLES[kinds[0]]}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _parts_fit_plan(self) -> Self:
+        plan = self.rollout.plan
+        if plan.kind == "tree" and self.trainer.average in (Average.SEQUENCE, Average.CONSTANT):
+            raise ValueError(
+                f"trainer.average = {self.trainer.average!s} is about whole responses, which a tree's segments "
+                'share: use trainer.average = "token"'
+            )
+        if self.replay.enabled and self.algorithm.name is AlgorithmName.PPO:
+            raise ValueError(
+                "replay.enabled: ppo's advantages are as old as its critic; turn it off"
+            )
+        if self.algorithm.overlong_buffer >= self.rollout.max_tokens:
+            raise ValueError(
+                f"algorithm.overlong_buffer = {self.algorithm.overlong_buffer} leaves nothing of "
+                f"rollout.max_tokens = {self.rollout.max_tokens}; make it smaller"
+            )
+        if self.evaluation.points and not (
+            self.trainer.budget_tokens or self.trainer.budget_seconds
+        ):
+            raise ValueError(
+                "evaluation.points are shares of a budget: set trainer.budget_tokens or trainer.budget_seconds, "
+                "or use evaluation.every"
             )
         return self
 
@@ -183,25 +128,72 @@ def load(path: Path, overrides: Sequence[str] = ()) -> TrainSettings:
     """Read a configuration file and apply `--set` overrides.
 
     Args:
-        path: a TOML file.
-        overrides: `section.key=value`, the value as TOML writes it; a bare word is a string.
+        path: a TOML file; `base = "other.toml"` at its top takes that file's settings first.
+        overrides: `section.key=value`, the value as TOML writes it, or `null`; a bare word is a string.
 
     Raises:
         ConfigError: the file, a key or a value cannot be used; it names the key and the remedy.
     """
+    raw = _read(path)
+    for override in overrides:
+        _apply(raw, override)
+    raw = with_preset(raw)
+    try:
+        return TrainSettings.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {explain(error, TrainSettings)}") from None
+
+
+def _read(path: Path, below: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A file's settings on top of those of its `base`, the model's folder made one that any process finds."""
     try:
         raw = tomllib.loads(path.read_text())
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; give the path of a TOML file") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not TOML: {error}") from None
-    for override in overrides:
-        _apply(raw, override)
-    try:
-        settings = TrainSettings.model_validate(raw)
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {explain(error, TrainSettings)}") from None
-    return _resolve_model(settings, path.parent)
+    model = raw.get("model", {})
+    if isinstance(model, dict) and (local := path.parent / str(model.get("path"))).is_dir():
+        raw["model"] = model | {"path": str(local.resolve())}
+    if "base" not in raw:
+        return raw
+    base = path.parent / str(raw.pop("base"))
+    readers = (*below, path.resolve())
+    if base.resolve() in readers:
+        raise ConfigError(f"{path}: base = {str(base)!r} leads back to itself")
+    return _merge(_read(base, readers), raw)
+
+
+def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """Sections are merged key by key; a key's own value, a plan for one, is replaced whole.
+
+    >>> _merge({"run": "a", "trainer": {"steps": 4, "epochs": 1}}, {"trainer": {"steps": 8}})
+    {'run': 'a', 'trainer': {'steps': 8, 'epochs': 1}}
+    """
+    merged = {
+        key: under[key] | value
+        if isinstance(value, dict) and isinstance(under.get(key), dict)
+        else value
+        for key, value in over.items()
+    }
+    return under | merged
+
+
+def with_preset(raw: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a file, on top of those of the preset that it names.
+
+    Raises:
+        ConfigError: there is no such preset.
+    """
+    name = raw.get("preset")
+    if name is None:
+        return raw
+    if name not in PRESETS:
+        raise ConfigError(f"preset = {name!r}: there is {', '.join(PRESETS)}")
+    sections = {
+        section: defaults | raw.get(section, {}) for section, defaults in PRESETS[name].items()
+    }
+    return raw | sections
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
@@ -214,25 +206,21 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         table = table.setdefault(section, {})
         if not isinstance(table, dict):
             raise ConfigError(f"--set {override}: {section} is a value, not a section")
+    if text.strip() == "null":  # TOML has none
+        table[name] = None
+        return
     try:
         table[name] = tomllib.loads(f"x = {text}")["x"]
     except tomllib.TOMLDecodeError:
         table[name] = text
 
 
-def _resolve_model(settings: TrainSettings, folder: Path) -> TrainSettings:
-    """Make a directory that is given relative to the config file one that any process finds."""
-    local = folder / settings.model.path
-    if not local.is_dir():
-        return settings
-    model = settings.model.model_copy(update={"path": str(local.resolve())})
-    return settings.model_copy(update={"model": model})
-
-
 def explain(error: ValidationError, root: type[BaseModel]) -> str:
     """The first problem of a validation error in one line, with the nearest known key for an unknown one."""
-    first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part not in ("tree", "group"))
+    # A misspelt key often leaves the right one missing: the spelling is what helps.
+    errors = error.errors()
+    first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
+    where = ".".join(str(part) for part in first["loc"] if part not in TAGS)
     if first["type"] == "extra_forbidden":
         known = _known_keys(root, first["loc"][:-1])
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.0)

@@ -5,6 +5,7 @@
 | `problems:SPLIT?seed=&count=` | our own arithmetic stories (`trainer/problems.py`)              |
 | `FILE.jsonl`                | one object a line                                                 |
 | `gsm8k`, `gsm8k:train`      | GSM8K's test or train split, from the hub                         |
+| `math500`                   | MATH-500, from the hub; its fields are `problem` and `answer`     |
 | `hub:NAME[:CONFIG]:SPLIT`   | any data set of the hub, through `datasets`                       |
 """
 
@@ -19,6 +20,32 @@ from shared.errors import ConfigError
 from trainer import problems
 
 GSM8K = "openai/gsm8k:main"
+MATH500 = "HuggingFaceH4/MATH-500:test"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usual:
+    """How a data set is usually asked and graded, where nobody says otherwise."""
+
+    question_field: str = "question"
+    answer_field: str = "answer"
+    prompt: str = "{question}\n"
+    reward: str = "gsm8k"
+
+
+def usual(name: str) -> Usual:
+    """What is usual for a data set, by its name."""
+    if name == "math500":
+        return Usual(
+            question_field="problem",
+            prompt="{question}\nReason step by step and put the final answer into \\boxed{}.\n",
+            reward="math",
+        )
+    if name == "gsm8k" or name.startswith("gsm8k:"):
+        return Usual(
+            prompt="Question: {question}\nThink step by step and end with #### and the number.\nAnswer:"
+        )
+    return Usual()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +74,8 @@ def load(
             raise ConfigError(f"data {name}: {error}") from None
     elif name == "gsm8k" or name.startswith("gsm8k:"):
         rows = _from_hub(f"{GSM8K}:{name.partition(':')[2] or 'test'}")
+    elif name == "math500":
+        rows = _from_hub(MATH500)
     elif name.startswith("hub:"):
         rows = _from_hub(name.removeprefix("hub:"))
     else:
@@ -125,6 +154,14 @@ class Draw:
         places = range(step * self._per_step, (step + 1) * self._per_step)
         orders = {epoch: self._order(epoch) for epoch in {place // size for place in places}}
         return [self._questions[orders[place // size][place % size]] for place in places]
+
+    def others(self, step: int, used: set[str], count: int) -> list[Question]:
+        """At most `count` questions that are not among `used` (ids), by the seed and the step alone."""
+        if count <= 0:
+            return []
+        free = [question for question in self._questions if question.id not in used]
+        rng = random.Random(f"{self._seed}/{step}/others/{len(used)}")
+        return rng.sample(free, min(count, len(free)))
 
     def _order(self, epoch: int) -> list[int]:
         order = list(range(len(self._questions)))

@@ -19,7 +19,7 @@ from types import FrameType
 
 from shared.coordination import RedisCoordinator
 from shared.errors import ConfigError, CoordinationError
-from trainer.config import LaunchSettings
+from trainer.settings import LaunchSettings
 
 START_S = 30.0
 STOP_S = 10.0

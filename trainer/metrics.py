@@ -8,9 +8,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from shared.tree import FinishReason
+from shared.tree import FinishReason, Role
 from shared.wire import RolloutTreeResponse
 from trainer.algorithms.base import Segment
+from trainer.critic import CriticReport
+from trainer.replay import Replay
 from trainer.update import UpdateReport
 
 
@@ -79,7 +81,7 @@ def moments(values: Sequence[float]) -> dict[str, float]:
 
 def of_trees(trees: Sequence[RolloutTreeResponse]) -> dict[str, Any]:
     """Rewards, values, tokens, versions and reward failures of a step's trees."""
-    leaves = [leaf for tree in trees for leaf in tree.leaves()]
+    leaves = [leaf for tree in trees for leaf in tree.leaves() if leaf.role is Role.SEGMENT]
     values = [node.value for tree in trees for node in tree.nodes if node.value is not None]
     return {
         "reward": moments([leaf.reward or 0.0 for leaf in leaves]),
@@ -107,13 +109,20 @@ def of_segments(
     segments: Sequence[Segment], trees: Sequence[RolloutTreeResponse]
 ) -> dict[str, Any]:
     """Advantages of the segments that train, and why the others do not."""
-    nodes = [node for tree in trees for node in tree.nodes[1:]]
+    nodes = [node for tree in trees for node in tree.nodes if node.role is Role.SEGMENT]
     empty = sum(not node.token_ids for node in nodes)
     return {
         "segments": len(segments),
         "advantage": moments([segment.advantage for segment in segments]),
         "dropped": {"no_tokens": empty, "no_advantage": len(nodes) - empty - len(segments)},
     }
+
+
+def of_replay(replay: Replay | None, segments: Sequence[Segment]) -> dict[str, Any]:
+    """What trained of all that waited, what still waits, and what grew too old so far."""
+    if replay is None:
+        return {}
+    return {"replay": {"trained": len(segments), "waiting": len(replay), "too_old": replay.dropped}}
 
 
 def of_updates(updates: Sequence[UpdateReport]) -> dict[str, Any]:
@@ -139,7 +148,20 @@ def of_updates(updates: Sequence[UpdateReport]) -> dict[str, Any]:
         "mismatch": updates[0].means.get("mismatch", 0.0) if updates else 0.0,
         "gradient_norm": max((u.step.gradient_norm for u in updates), default=0.0),
         "learning_rate": updates[-1].step.learning_rate if updates else 0.0,
+        **_of_critics([u.critic for u in updates if u.critic is not None]),
         "skipped": dict(Counter(u.skipped_for for u in updates if u.skipped_for)),
         "trained_tokens": response,
         "computed_tokens": sum(u.computed_tokens for u in updates),
+    }
+
+
+def _of_critics(reports: Sequence[CriticReport]) -> dict[str, Any]:
+    if not reports:
+        return {}
+    return {
+        "critic": {
+            "loss": moments([report.loss for report in reports])["mean"],
+            "explained_variance": moments([r.explained_variance for r in reports])["mean"],
+            "gradient_norm": max(report.gradient_norm for report in reports),
+        }
     }

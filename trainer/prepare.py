@@ -10,8 +10,9 @@ from shared.coordination import RedisCoordinator
 from shared.errors import ConfigError
 from shared.store import FsspecStore
 from trainer import checkpoints
-from trainer.checkpoints import Progress
+from trainer.algorithms import AlgorithmName
 from trainer.config import TrainSettings
+from trainer.critic import Critic, load_critic
 from trainer.data import Question, load
 from trainer.fleet import Fleet, registered
 from trainer.losses import KLEstimator
@@ -40,8 +41,8 @@ def questions_of(settings: TrainSettings) -> tuple[list[Question], list[Question
     return load(data.train, **fields), load(data.heldout, **fields)
 
 
-def build_learner(settings: TrainSettings, checkpoint: Path | None) -> tuple[Learner, Progress]:
-    """Policy, reference and optimizer, from the start or from a checkpoint.
+def build_learner(settings: TrainSettings, checkpoint: Path | None) -> Learner:
+    """Policy, reference, critic and their optimizers, from the start or from a checkpoint.
 
     Raises:
         ConfigError: the model or the checkpoint cannot be loaded.
@@ -57,21 +58,30 @@ def build_learner(settings: TrainSettings, checkpoint: Path | None) -> tuple[Lea
     reference = None
     if settings.trainer.kl_coef > 0 and settings.trainer.kl is not KLEstimator.NONE:
         reference = load_policy(settings.model.path, dtype, device)
-    optimizer = PolicyOptimizer(
-        policy, settings.trainer, total_steps=settings.trainer.total_updates
-    )
-    progress = Progress(step=0, version=0, sampled_tokens=0)
-    if checkpoint is not None:
-        progress = checkpoints.restore(checkpoint, optimizer)
-    learner = Learner(
+    updates = settings.trainer.total_updates
+    critic = None
+    if settings.algorithm.name is AlgorithmName.PPO:
+        source = settings.model.path if checkpoint is None else checkpoint / checkpoints.CRITIC
+        model = load_critic(source, dtype, device)
+        if settings.model.gradient_checkpointing:
+            recompute_activations(model)
+        critic = Critic(
+            model=model,
+            optimizer=PolicyOptimizer(model, settings.critic, total_steps=updates),
+            settings=settings.critic,
+            token_budget=settings.trainer.token_budget,
+            warmup_updates=settings.critic.warmup * settings.trainer.updates_per_iteration,
+        )
+    return Learner(
         policy=policy,
         reference=reference,
-        optimizer=optimizer,
+        optimizer=PolicyOptimizer(policy, settings.trainer, total_steps=updates),
         settings=settings.trainer,
         temperature=settings.rollout.temperature,
         mask_threshold=settings.algorithm.mask_threshold,
+        max_tokens=settings.rollout.max_tokens,
+        critic=critic,
     )
-    return learner, progress
 
 
 @contextlib.asynccontextmanager

@@ -1,13 +1,17 @@
 """What a run tells its user: progress while it runs, a table and a plot at its end."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from trainer.checkpoints import Progress
 from trainer.evaluate import Accuracy
+
+SUMMARY = "summary.json"
+"""In a run's folder once it is done: `Summary.as_json`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,6 +20,10 @@ class Measurement:
 
     step: int
     """Steps done before it."""
+    sampled_tokens: int
+    """In training, before it."""
+    seconds: float
+    """Of training before it; measurements and checkpoints not counted."""
     sampled: Accuracy
     greedy: Accuracy | None
 
@@ -48,6 +56,29 @@ class Summary:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - begun
+
+    def seconds_of_training(self, without: frozenset[str]) -> float:
+        """Seconds of all phases but some."""
+        return sum(seconds for name, seconds in self.seconds.items() if name not in without)
+
+    def add_step(self, reward: float, dropped: Mapping[str, int], progress: Progress) -> None:
+        """Count one step: its mean reward, the trees that it lost, and where the run stands after it."""
+        self.steps, self.sampled_tokens = progress.step, progress.sampled_tokens
+        self.rewards.append(reward)
+        for reason, count in dropped.items():
+            self.dropped[reason] = self.dropped.get(reason, 0) + count
+
+    def as_json(self) -> dict[str, Any]:
+        """What a program wants to know of a finished run."""
+        return {
+            "run": self.run,
+            "steps": self.steps,
+            "sampled_tokens": self.sampled_tokens,
+            "seconds": self.seconds,
+            "rewards": self.rewards,
+            "measurements": [asdict(measurement) for measurement in self.measurements],
+            "dropped": self.dropped,
+        }
 
 
 class Reporter(Protocol):

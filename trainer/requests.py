@@ -3,8 +3,8 @@
 import hashlib
 
 from shared.wire import Message, Plan, Reward, RolloutTreeRequest, Sampling
-from trainer.config import DataSettings, RewardSettings
 from trainer.data import Question
+from trainer.settings import DataSettings, RewardSettings
 
 
 def tree_request(

@@ -7,11 +7,13 @@ import torch
 from transformers import PreTrainedModel
 
 from trainer.algorithms.base import Segment
-from trainer.config import TrainerSettings
+from trainer.averaging import denominators, weights
+from trainer.critic import Critic, CriticReport
 from trainer.losses import LossSums, policy_loss, total
 from trainer.optimizer import PolicyOptimizer, StepReport
-from trainer.packing import Batch, Row, collate, micro_batches, participating_tokens, rows
+from trainer.packing import Batch, Row, collate, micro_batches, needed, participating_tokens, rows
 from trainer.policy import score, token_logprobs
+from trainer.settings import TrainerSettings, Whitening
 from trainer.whiten import whiten_rows
 
 PAD = 0
@@ -28,11 +30,13 @@ class UpdateReport:
     """Mean over participating tokens, nats."""
     step: StepReport
     skipped_for: str | None
-    """Why no step was taken: `ratio`, `nothing participates`, `gradient`, or None."""
+    """Why no step was taken: `ratio`, `nothing participates`, `gradient`, `critic`, or None."""
     response_tokens: int
     """Tokens of the segments, masked ones included."""
     computed_tokens: int
     """Tokens that went through the model, prefixes and padding included."""
+    critic: CriticReport | None
+    """Of PPO's critic; None without one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +50,8 @@ class Learner:
         settings: of the update.
         temperature: that the segments were sampled at.
         mask_threshold: rho of the probability mask; None for none.
+        max_tokens: bound of a response, which `average = "constant"` divides by.
+        critic: PPO's; None for every other algorithm.
     """
 
     policy: PreTrainedModel
@@ -54,35 +60,59 @@ class Learner:
     settings: TrainerSettings
     temperature: float
     mask_threshold: float | None
+    max_tokens: int
+    critic: Critic | None = None
 
     def update(self, segments: Sequence[Segment]) -> UpdateReport:
-        """Train once on these segments as one optimizer batch.
+        """Train once on these segments as one optimizer batch, the critic too where there is one.
 
-        No step is taken when nothing participates, when the mean importance ratio is above the limit, or when
-        the gradient is not finite.
+        The policy takes no step when nothing participates, when the mean importance ratio is above the limit, when
+        the gradient is not finite, or while the critic warms up.
         """
         packed = rows(segments, mask_threshold=self.mask_threshold)
-        if self.settings.whiten:
+        critic = None
+        if self.critic is not None and packed:
+            critic = self.critic.update(packed)
+            if self.critic.warming_up:
+                return self._report(packed, [], 0.0, 0, self.optimizer.skip(), "critic", critic)
+        if self.settings.whiten is Whitening.BATCH:
             packed = whiten_rows(packed)
-        participating = participating_tokens(packed)
-        if not participating:
-            return self._report(packed, [], 0.0, 0, self.optimizer.skip(), "nothing participates")
+        if not participating_tokens(packed):
+            skip = self.optimizer.skip()
+            return self._report(packed, [], 0.0, 0, skip, "nothing participates", critic)
+        sums, entropy, computed = self._gradient(packed)
+        if total(sums).must_skip:
+            skip = self.optimizer.skip()
+            return self._report(packed, sums, entropy, computed, skip, "ratio", critic)
+        step = self.optimizer.step()
+        reason = "gradient" if step.skipped else None
+        return self._report(packed, sums, entropy, computed, step, reason, critic)
+
+    def follow(self, share: float) -> None:
+        """Let the learning rates follow the share of a budget that is spent, at most 1, and not counted steps."""
+        for optimizer in (self.optimizer, *([self.critic.optimizer] if self.critic else [])):
+            if share > 0:
+                optimizer.total_steps = max(optimizer.steps + 1, round(optimizer.steps / share))
+
+    def _gradient(self, packed: Sequence[Row]) -> tuple[list[LossSums], float, int]:
+        """Add the batch's gradient; (sums of each micro-batch, sum of entropies, positions computed)."""
+        micros = micro_batches(needed(packed), token_budget=self.settings.token_budget)
+        divide = denominators(
+            micros, self.settings.average, rows=len(packed), max_tokens=self.max_tokens
+        )
         sums: list[LossSums] = []
         entropy, computed = 0.0, 0
-        for micro in micro_batches(packed, token_budget=self.settings.token_budget):
+        for micro, denominator in zip(micros, divide, strict=True):
+            if self.settings.whiten is Whitening.MICRO_BATCH:
+                micro = whiten_rows(micro)
             batch = collate(micro, PAD, self.policy.device)
-            part, entropy_sum = self._backward(batch, participating)
+            part, entropy_sum = self._backward(batch, denominator)
             sums.append(part)
             entropy += entropy_sum
             computed += batch.token_ids.numel()
-        if total(sums).must_skip:
-            return self._report(packed, sums, entropy, computed, self.optimizer.skip(), "ratio")
-        step = self.optimizer.step()
-        return self._report(
-            packed, sums, entropy, computed, step, "gradient" if step.skipped else None
-        )
+        return sums, entropy, computed
 
-    def _backward(self, batch: Batch, participating: int) -> tuple[LossSums, float]:
+    def _backward(self, batch: Batch, denominator: float) -> tuple[LossSums, float]:
         """Add one micro-batch's gradient; (its sums, its sum of entropies)."""
         reference = None
         if self.reference is not None:
@@ -94,7 +124,8 @@ class Learner:
             batch.behaviour_logprobs,
             batch.advantages,
             batch.participates,
-            denominator=participating,
+            denominator=denominator,
+            weights=weights(batch.participates, self.settings.average),
             clip_low=self.settings.clip_low,
             clip_high=self.settings.clip_high,
             kl_coef=self.settings.kl_coef,
@@ -112,6 +143,7 @@ class Learner:
         computed: int,
         step: StepReport,
         skipped_for: str | None,
+        critic: CriticReport | None,
     ) -> UpdateReport:
         means = total(sums).means() if sums else {}
         return UpdateReport(
@@ -121,4 +153,5 @@ class Learner:
             skipped_for=skipped_for,
             response_tokens=sum(int(row.response.sum()) for row in packed),
             computed_tokens=computed,
+            critic=critic,
         )

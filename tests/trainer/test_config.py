@@ -8,7 +8,7 @@ from shared.errors import ConfigError
 from trainer.config import TrainSettings, load
 
 ROOT = Path(__file__).resolve().parents[2]
-CONFIGS = sorted((ROOT / "configs").glob("*.toml"))
+CONFIGS = sorted((ROOT / "configs").glob("**/*.toml"))
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -87,3 +87,77 @@ def test_settings_cannot_be_changed() -> None:
     with pytest.raises(ValueError, match="frozen"):
         settings.run = "other"  # type: ignore[misc]
     assert TrainSettings.model_validate_json(settings.model_dump_json()) == settings
+
+
+PPO = 'rollout.plan={kind="group", samples=3}'
+CHAIN = 'rollout.plan={kind="chain", samples=2, value_rollouts=3}'
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["algorithm.name=ppo"],
+            r"ppo does not read a plan of kind 'tree': use .*kind = \"group\"",
+        ),
+        (
+            ["algorithm.name=vineppo", PPO],
+            r"vineppo does not read .*'group': use .*kind = \"chain\"",
+        ),
+        ([CHAIN], r"spo_tree does not read a plan of kind 'chain': use .*kind = \"tree\""),
+        (["trainer.average=sequence"], r"trainer.average = sequence is about whole responses"),
+        (["algorithm.name=ppo", PPO, "replay.enabled=true"], "replay.enabled: ppo's advantages"),
+        (["algorithm.overlong_buffer=128"], "overlong_buffer = 128 leaves nothing of .*128"),
+        (["evaluation.points=3"], "evaluation.points are shares of a budget: set"),
+        (["preset=authors"], "preset = 'authors': there is reference"),
+        (["trainer.whiten=true"], r"trainer\.whiten: .*'batch', 'micro_batch' or 'off'"),
+        (
+            [
+                'rollout.plan={kind="chain", samples=2, value_rollouts=3, partition={kind="fixed", token=3}}'
+            ],
+            "unknown key 'rollout.plan.partition.token'; the nearest known one is 'tokens'",
+        ),
+    ],
+)
+def test_parts_that_do_not_fit_are_named(overrides, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(ROOT / "configs" / "quickstart.toml", overrides)
+
+
+def test_the_reference_preset_is_under_what_a_file_says() -> None:
+    settings = load(ROOT / "configs" / "quickstart.toml", ["preset=reference"])
+    assert settings.trainer.whiten == settings.trainer.average == "micro_batch"
+    assert settings.algorithm.zero_tolerance == 0
+    assert settings.algorithm.mask_threshold == 0.9
+    chosen = load(ROOT / "configs" / "quickstart.toml", ["preset=reference", "trainer.whiten=off"])
+    assert chosen.trainer.whiten == "off"
+
+
+def test_a_file_stands_on_its_base_and_the_bases_model_is_found(tmp_path: Path) -> None:
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "model").mkdir()
+    quickstart = (ROOT / "configs" / "quickstart.toml").read_text()
+    (tmp_path / "under.toml").write_text(quickstart.replace("quickstart/warmstart", "model"))
+    over = tmp_path / "sub" / "over.toml"
+    over.write_text(
+        'base = "../under.toml"\nrun = "over"\n[trainer]\nsteps = 3\n[rollout]\nquestions = 2\n'
+    )
+    settings = load(over)
+    assert settings.run == "over"
+    assert settings.trainer.steps == 3
+    assert settings.trainer.learning_rate == 2e-4
+    assert settings.rollout.questions == 2
+    assert settings.rollout.plan.kind == "tree"
+    assert settings.model.path == str(tmp_path / "model")
+    over.write_text('base = "over.toml"')
+    with pytest.raises(ConfigError, match="leads back to itself"):
+        load(over)
+    over.write_text('base = "gone.toml"')
+    with pytest.raises(ConfigError, match=r"gone\.toml: No such file"):
+        load(over)
+
+
+def test_null_is_none() -> None:
+    for word in ("null", "none"):
+        settings = load(ROOT / "configs" / "quickstart.toml", [f"algorithm.mask_threshold={word}"])
+        assert settings.algorithm.mask_threshold is None

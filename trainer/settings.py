@@ -1,0 +1,186 @@
+"""The sections of a training run's settings, one model each; `config` reads them from TOML."""
+
+from enum import StrEnum
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from shared.wire import Plan
+from trainer.averaging import Average
+from trainer.losses import KLEstimator
+from trainer.optimizer import OptimizerSettings
+
+
+class Settings(BaseModel):
+    """Base of every section: frozen, unknown keys refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ModelSettings(Settings):
+    """The policy."""
+
+    path: str
+    """Checkpoint in Hugging Face format: a hub id, or a directory (relative ones start at the config file)."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of the weights that compute; bfloat16 keeps float32 masters in the optimizer."""
+    device: str = "auto"
+    """`auto` is a GPU where there is one."""
+    threads: int = Field(default=1, ge=1)
+    """Torch threads on a CPU."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, a third more time."""
+
+
+class DataSettings(Settings):
+    """Questions with answers, in GSM8K's format."""
+
+    train: str
+    """`problems:…`, a JSONL file, `gsm8k`, or `hub:NAME[:CONFIG]:SPLIT`."""
+    heldout: str
+    question_field: str = "question"
+    answer_field: str = "answer"
+    prompt: str = "{question}\n"
+    """Template of the prompt."""
+    chat: bool = False
+    """Send the filled template as a user's message through the model's chat template."""
+
+    @field_validator("prompt")
+    @classmethod
+    def _has_question(cls, prompt: str) -> str:
+        if "{question}" not in prompt:
+            raise ValueError("the template needs {question}")
+        return prompt
+
+
+class RewardSettings(Settings):
+    """Which reward function of the servers grades, and its options."""
+
+    name: str = "gsm8k"
+    options: dict[str, Any] = Field(default_factory=dict)
+
+
+class RolloutSettings(Settings):
+    """What is sampled in each step."""
+
+    questions: int = Field(ge=1)
+    """Questions a step, one tree each."""
+    plan: Plan
+    temperature: float = Field(default=1.0, gt=0.0)
+    """0 would be greedy, which explores nothing; top-p and top-k are not offered, since the importance ratio
+    needs the whole distribution."""
+    max_tokens: int = Field(default=1024, ge=1)
+    resample: int = Field(default=0, ge=0)
+    """Most questions a step that replace ones whose tree gives no gradient (DAPO's dynamic sampling)."""
+    concurrency: int = Field(default=64, ge=1)
+    """Most trees in flight."""
+    timeout_s: float = Field(default=600.0, gt=0.0)
+    """Bound of one tree, retries included."""
+
+
+class ReplaySettings(Settings):
+    """Segments that train in later iterations than the one that sampled them; see `replay`."""
+
+    enabled: bool = False
+    per_question: int = Field(default=32, ge=1)
+    """Most segments of one question's tree in an iteration."""
+    max_age: int = Field(default=8, ge=0)
+    """Iterations that a segment may wait."""
+
+
+class CriticSettings(OptimizerSettings):
+    """PPO's critic, on top of its optimizer's own settings."""
+
+    learning_rate: float = Field(default=1e-5, gt=0, description="Peak of the schedule.")
+    value_clip: float | None = Field(
+        default=0.2, gt=0, description="How far from its old value it may move; null does not clip."
+    )
+    warmup: int = Field(
+        default=0, ge=0, description="Iterations at the start in which the critic alone learns."
+    )
+
+
+class Whitening(StrEnum):
+    """Over which tokens advantages are whitened."""
+
+    BATCH = "batch"
+    """The participating tokens of the whole optimizer batch."""
+    MICRO_BATCH = "micro_batch"
+    """Those of each micro-batch: the authors' code, where magnitudes and signs are lost."""
+    OFF = "off"
+
+
+class TrainerSettings(OptimizerSettings):
+    """The update, on top of the optimizer's own settings."""
+
+    steps: int = Field(ge=1)
+    """Iterations: rollout, update, publish. With a budget, the most there may be."""
+    budget_tokens: int | None = Field(default=None, ge=1)
+    """Stop once so many tokens were sampled in training; the learning rate follows the share that is spent."""
+    budget_seconds: float | None = Field(default=None, gt=0)
+    """Stop after so many seconds of training, measurements and checkpoints not counted."""
+    updates_per_step: int = Field(default=1, ge=1)
+    """Optimizer updates an iteration; each sees its share of the trees."""
+    epochs: int = Field(default=1, ge=1)
+    """Passes over an iteration's trees."""
+    clip_low: float = Field(default=0.2, gt=0.0, lt=1.0)
+    clip_high: float = Field(default=0.2, gt=0.0)
+    kl: KLEstimator = KLEstimator.K3
+    kl_coef: float = Field(default=1e-4, ge=0.0)
+    """0 loads no reference model."""
+    whiten: Whitening = Whitening.BATCH
+    average: Average = Average.TOKEN
+    """How tokens are averaged into the loss; see `averaging`."""
+    token_budget: int = Field(default=16384, ge=1)
+    """Most tokens of a micro-batch, padding included."""
+    checkpoint_every: int = Field(default=0, ge=0)
+    """Steps between checkpoints; 0 is at the end alone."""
+
+    @property
+    def total_updates(self) -> int:
+        """Where the learning-rate schedule ends."""
+        return self.steps * self.updates_per_iteration
+
+    @property
+    def updates_per_iteration(self) -> int:
+        """Most optimizer updates of one iteration."""
+        return self.updates_per_step * self.epochs
+
+
+class FleetSettings(Settings):
+    """Where the servers are and how versions reach them."""
+
+    redis_url: str | None = None
+    store: str | None = None
+    """Weight store, any fsspec URL; None is `weights` in the run folder, for servers on this machine."""
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of the published weights."""
+    min_servers: int = Field(default=1, ge=1)
+    wait_s: float = Field(default=300.0, gt=0.0)
+    """Bound of a wait for servers or for a version."""
+    keep_versions: int = Field(default=3, ge=1)
+
+
+class EvaluationSettings(Settings):
+    """Accuracy on held-out questions."""
+
+    questions: int = Field(default=500, ge=1)
+    samples: int = Field(default=4, ge=1)
+    temperature: float = Field(default=1.0, ge=0.0)
+    greedy: bool = True
+    """Measure greedy accuracy too, before and after."""
+    every: int = Field(default=0, ge=0)
+    """Steps between measurements during training; 0 is none."""
+    points: int = Field(default=0, ge=0)
+    """Measurements during a run with a budget, at equal shares of it, the end included."""
+    questions_during: int = Field(default=128, ge=1)
+
+
+class LaunchSettings(Settings):
+    """The servers that `spoke quickstart` starts on this machine."""
+
+    servers: int = Field(default=2, ge=1)
+    engine: Literal["auto", "vllm", "transformers"] = "transformers"
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    arguments: tuple[str, ...] = ()
+    """Further arguments of `python -m server`."""
