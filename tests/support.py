@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -72,3 +73,20 @@ def running_server(model: Path, log: Path, *arguments: str) -> Iterator[ServerPr
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+class Quiet:
+    """A reporter that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.steps: list[dict[str, Any]] = []
+        self.measured_labels: list[str] = []
+
+    def status(self, text: str) -> None:
+        pass
+
+    def step(self, done: int, total: int, values: dict[str, Any]) -> None:
+        self.steps.append(values)
+
+    def measured(self, label: str, measurement: Any) -> None:
+        self.measured_labels.append(label)

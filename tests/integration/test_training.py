@@ -8,29 +8,13 @@ from typing import Any
 import httpx
 import pytest
 import torch
+from support import Quiet
 from transformers import AutoModelForCausalLM
 
 from shared.tree import FinishReason
 from shared.wire import RolloutTreeResponse
 from trainer import train as loop
 from trainer.config import TrainSettings
-
-
-class Quiet:
-    """A reporter that keeps what it is told."""
-
-    def __init__(self) -> None:
-        self.steps: list[dict[str, Any]] = []
-        self.measured_labels: list[str] = []
-
-    def status(self, text: str) -> None:
-        pass
-
-    def step(self, done: int, total: int, values: dict[str, Any]) -> None:
-        self.steps.append(values)
-
-    def measured(self, label: str, measurement: Any) -> None:
-        self.measured_labels.append(label)
 
 
 def settings_for(following: Any, model: Path, gsm8k: Path, **trainer: Any) -> TrainSettings:
