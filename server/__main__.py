@@ -22,6 +22,7 @@ def parser() -> argparse.ArgumentParser:
     parse = argparse.ArgumentParser(
         prog="spoke-server",
         description="A Spoke rollout server: POST /rollout_tree samples trees of continuations.",
+        epilog="`spoke-server grade --help`: grade the responses of a file, without a model.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parse.add_argument
@@ -134,7 +135,15 @@ def _family(host: str) -> socket.AddressFamily:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one server until it is told to stop. Exit codes: 0 stopped, 1 failed, 2 cannot start as configured."""
+    """Run one server until it is told to stop. Exit codes: 0 stopped, 1 failed, 2 cannot start as configured.
+
+    With `grade` as the first argument, grade a file instead; see `server.grade`.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments[:1] == ["grade"]:
+        from server.grade import main as grade
+
+        return grade(arguments[1:])
     try:
         chosen = settings(arguments)
         with contextlib.closing(bind(chosen.host, chosen.port)) as listener:

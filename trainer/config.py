@@ -136,7 +136,7 @@ def load(path: Path, overrides: Sequence[str] = ()) -> TrainSettings:
     """
     raw = _read(path)
     for override in overrides:
-        _apply(raw, override)
+        apply_override(raw, override)
     raw = with_preset(raw)
     try:
         return TrainSettings.model_validate(raw)
@@ -196,7 +196,12 @@ def with_preset(raw: dict[str, Any]) -> dict[str, Any]:
     return raw | sections
 
 
-def _apply(raw: dict[str, Any], override: str) -> None:
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Put one `section.key=value` into the raw settings of a file.
+
+    Raises:
+        ConfigError: it is not of that form.
+    """
     key, equals, text = override.partition("=")
     *sections, name = key.strip().split(".")
     if not equals or not name:
