@@ -9,7 +9,7 @@ from starlette.exceptions import HTTPException
 
 from server.service import RolloutService, Status
 from shared.errors import EngineError, RequestError
-from shared.wire import Problem, RolloutTreeRequest, RolloutTreeResponse
+from shared.wire import Problem, RolloutTreeRequest, RolloutTreeResponse, field_path
 
 RETRY_AFTER_S = 1
 LOGPROBS = (
@@ -138,9 +138,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
 def _describe(error: dict[str, Any]) -> tuple[str, str]:
     """(field, detail) of one validation error, in the words of the request."""
-    # A discriminated union puts its tag into the location; the request has no such level.
-    parts = [str(part) for part in error["loc"] if part not in ("body", "tree", "group")]
-    field = ".".join(parts) or "body"
+    field = field_path([part for part in error["loc"] if part != "body"]) or "body"
     message = str(error["msg"]).removeprefix("Value error, ")
     if error["type"] == "extra_forbidden":
         message = "unknown field; remove it or check its spelling"

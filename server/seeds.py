@@ -20,6 +20,24 @@ def node_seed(request_seed: int, path: Sequence[int]) -> int:
     Returns:
         A multiple of `SAMPLES` below 2**62: streams of different nodes never overlap by counting up.
     """
-    text = ",".join(map(str, (request_seed, *path)))
-    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return _seed(",".join(map(str, (request_seed, *path))))
+
+
+def state_seed(request_seed: int, response: Sequence[int]) -> int:
+    """Seed of the Monte Carlo rollouts from one state; never that of a node.
+
+    The state is named by its tokens, so that every response which reaches it finds the same rollouts.
+
+    Args:
+        request_seed: of the whole tree.
+        response: [b] tokens from the prompt's end to the state; empty for the prompt.
+
+    Returns:
+        A multiple of `SAMPLES` below 2**62, as `node_seed`.
+    """
+    return _seed(f"{request_seed} state {','.join(map(str, response))}")
+
+
+def _seed(name: str) -> int:
+    digest = hashlib.blake2b(name.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") % 2**50 * SAMPLES

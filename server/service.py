@@ -8,17 +8,18 @@ import time
 from dataclasses import dataclass, field
 from functools import partial
 
+from server.answer import grade, wire_nodes
+from server.continuations import Continuations
 from server.engines.base import Engine
 from server.idempotency import OnlyOnce
 from server.rewards.pool import RewardPool
-from server.sampler import Branch, Sampler
+from server.sampler import sample
 from server.tokens import Tokens
 from shared.digests import sha256
 from shared.errors import RequestError
 from shared.fleet import ServerState
-from shared.tree import FinishReason, Node, Role
 from shared.wire import (
-    Reward,
+    ChainPlan,
     RolloutTreeRequest,
     RolloutTreeResponse,
     Timing,
@@ -113,23 +114,24 @@ class RolloutService:
         arrived: float,
     ) -> RolloutTreeResponse:
         seed = request.sampling.seed
-        sampler = Sampler(
+        continuations = Continuations(
             engine=self.engine,
             tokens=self.tokens,
             prompt=prompt,
-            plan=request.plan,
             sampling=request.sampling,
             seed=secrets.randbits(62) if seed is None else seed,
         )
         started = time.monotonic()
         self.status.in_flight += 1
         try:
-            root = await sampler.sample()
+            root = await sample(request.plan, continuations)
             sampled = time.monotonic()
-            nodes = await self._nodes(root, prompt, request)
+            grades = await grade(root, self.tokens, self.rewards, request.reward)
+            nodes = wire_nodes(root, prompt, grades, self.tokens if request.return_text else None)
         finally:
             self.status.in_flight -= 1
-        self.status.sampled_tokens += sampler.counts.sampled
+        counts = continuations.counts
+        self.status.sampled_tokens += counts.sampled
         versions = [v for node in nodes for v, _ in node.versions] or [self.engine.version]
         tree = RolloutTreeResponse(
             request_id=request_id,
@@ -138,9 +140,9 @@ class RolloutService:
             model=self.model,
             usage=Usage(
                 prompt_tokens=len(prompt),
-                sampled_tokens=sampler.counts.sampled,
-                computed_prefill_tokens=sampler.counts.computed_prefill,
-                cached_tokens=sampler.counts.cached,
+                sampled_tokens=counts.sampled,
+                computed_prefill_tokens=counts.computed_prefill,
+                cached_tokens=counts.cached,
             ),
             weight_versions=WeightVersions(min=min(versions), max=max(versions)),
             timing=Timing(
@@ -149,78 +151,6 @@ class RolloutService:
                 reward_s=time.monotonic() - sampled,
             ),
         )
-        return tree if request.reward is None else tree.with_values()
-
-    async def _nodes(
-        self, root: Branch, prompt: tuple[int, ...], request: RolloutTreeRequest
-    ) -> list[Node]:
-        """The tree's nodes on the wire, leaves graded."""
-        branches = list(root.walk())
-        ids = {branch.path: position for position, branch in enumerate(branches)}
-        grades = await self._grades(branches, request.reward)
-        nodes = [
-            Node(
-                id=0,
-                parent=None,
-                depth=0,
-                role=Role.PROMPT,
-                token_ids=list(prompt),
-                text=self.tokens.decode(prompt) if request.return_text else None,
-            )
-        ]
-        for position, branch in enumerate(branches[1:], start=1):
-            completion = branch.completion
-            assert completion is not None, "only the prompt has no completion"
-            reward, error = grades.get(position, (None, None))
-            nodes.append(
-                Node(
-                    id=position,
-                    parent=ids[branch.path[:-1]],
-                    depth=len(branch.path),
-                    token_ids=completion.token_ids,
-                    logprobs=completion.logprobs,
-                    versions=completion.versions,
-                    finish_reason=completion.finish_reason,
-                    text=self._text(branch) if request.return_text else None,
-                    reward=reward,
-                    reward_error=error,
-                )
-            )
-        return nodes
-
-    def _text(self, branch: Branch) -> str:
-        """The part of the response's text that this node adds: a piece may span two nodes' tokens."""
-        assert branch.completion is not None, "only the prompt has no completion"
-        before = branch.response[: len(branch.response) - len(branch.completion.token_ids)]
-        head, whole = self.tokens.decode(before), self.tokens.decode(branch.response)
-        return (
-            whole[len(head) :]
-            if whole.startswith(head)
-            else self.tokens.decode(branch.completion.token_ids)
-        )
-
-    async def _grades(
-        self, branches: list[Branch], reward: Reward | None
-    ) -> dict[int, tuple[float, str | None]]:
-        """(reward, error) of each leaf, by its position: the whole response, never the prompt."""
-        if reward is None:
-            return {}
-        unfinished = float(reward.options.get("unfinished", 0.0))
-        grades: dict[int, tuple[float, str | None]] = {}
-        finished: list[int] = []
-        for position, branch in enumerate(branches):
-            if branch.completion is None or branch.children:
-                continue
-            if branch.completion.finish_reason is FinishReason.STOP:
-                finished.append(position)
-            elif branch.completion.finish_reason is FinishReason.LENGTH:
-                grades[position] = (unfinished, None)
-            else:
-                grades[position] = (0.0, "the engine aborted this response")
-        texts = [self.tokens.decode(branches[position].response) for position in finished]
-        graded = await self.rewards.grade(reward.name, texts, reward.reference, reward.options)
-        grades.update(
-            (position, (grade.reward, grade.error))
-            for position, grade in zip(finished, graded, strict=True)
-        )
-        return grades
+        if request.reward is None:
+            return tree
+        return tree.with_values(chain=isinstance(request.plan, ChainPlan))

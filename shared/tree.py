@@ -163,7 +163,7 @@ def chain_values(nodes: Sequence[Node]) -> list[float | None]:
         nodes: [N] of a tree, parents before children.
 
     Returns:
-        [N] values; None where a node has neither rollouts nor a reward, and for the prompt unless it is a boundary.
+        [N] values; None where a node has neither rollouts nor a reward: for the prompt unless it is a boundary.
 
     >>> prompt = Node(id=0, parent=None, depth=0, role=Role.PROMPT, token_ids=[5])
     >>> first = Node(id=1, parent=0, depth=1, token_ids=[6])

@@ -3,6 +3,7 @@
 Unknown fields are refused, so that a misspelt option never passes silently.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -87,6 +88,24 @@ class GroupPlan(WireModel):
 
 
 Plan = Annotated[TreePlan | ChainPlan | GroupPlan, Field(discriminator="kind")]
+
+
+_TAGGED = frozenset({"plan", "partition"})
+
+
+def field_path(location: Sequence[int | str]) -> str:
+    """Dotted path of a field, in the words of the request, from a validation error's location.
+
+    A discriminated union puts its tag behind the union's own name; what was sent has no such level.
+
+    >>> field_path(["plan", "chain", "partition", "delimiter", "delimiter"])
+    'plan.partition.delimiter'
+    """
+    return ".".join(
+        str(part)
+        for before, part in zip(["", *location], location, strict=False)
+        if before not in _TAGGED or part in _TAGGED
+    )
 
 
 class Sampling(WireModel):

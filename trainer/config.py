@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError, field_validator, model_validato
 
 from shared.errors import ConfigError
 from shared.manifest import check_run_name
-from shared.wire import TreePlan
+from shared.wire import TreePlan, field_path
 from trainer.algorithms.base import AlgorithmName, AlgorithmSettings
 from trainer.averaging import Average
 from trainer.settings import (
@@ -42,9 +42,6 @@ EXAMPLES = {
     "chain": '{ kind = "chain", samples = 8, value_rollouts = 9, partition = { kind = "cutpoints" } }',
     "group": '{ kind = "group", samples = 8 }',
 }
-
-TAGS = frozenset(EXAMPLES) | {"fixed", "cutpoints", "delimiter", "whole"}
-"""Kinds of plans and partitions, which stand in the location of an error but are no keys."""
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "reference": {
@@ -225,7 +222,7 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
     # A misspelt key often leaves the right one missing: the spelling is what helps.
     errors = error.errors()
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    where = ".".join(str(part) for part in first["loc"] if part not in TAGS)
+    where = field_path(first["loc"])
     if first["type"] == "extra_forbidden":
         known = _known_keys(root, first["loc"][:-1])
         near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.0)

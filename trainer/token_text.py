@@ -1,18 +1,14 @@
 """The text that each token of a tree adds, for people to look at; nothing here is ever tokenised again."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
 from shared.errors import ConfigError
+from shared.pieces import BROKEN, Decode, Pieces
 from shared.tree import Role
 from trainer.tree_file import SavedTree
 
-Decode = Callable[[Sequence[int]], str]
-"""Token ids into text, special tokens left out."""
-
 CONTEXT = 8
 """Tokens before a segment that its first token is decoded with."""
-BROKEN = "\ufffd"
-"""What stands in decoded text for bytes that are no character, or not yet."""
 
 
 def token_texts(saved: SavedTree, decode: Decode | None) -> dict[int, list[str]]:
@@ -28,7 +24,7 @@ def token_texts(saved: SavedTree, decode: Decode | None) -> dict[int, list[str]]
         if decode is not None:
             whole = saved.tree.response_token_ids(node.id)
             before = whole[: len(whole) - len(node.token_ids)]
-            texts = list(pieces(decode, before, node.token_ids))
+            texts = pieces(decode, before, node.token_ids)
             if node.text is None or "".join(texts) == node.text:
                 found[node.id] = texts
         elif node.text is None:
@@ -36,30 +32,18 @@ def token_texts(saved: SavedTree, decode: Decode | None) -> dict[int, list[str]]
     return found
 
 
-def pieces(decode: Decode, before: Sequence[int], token_ids: Sequence[int]) -> Iterator[str]:
-    """The text that each token adds to what stands before it.
-
-    A token that ends within a character adds nothing; the one that completes it adds all of it.
+def pieces(decode: Decode, before: Sequence[int], token_ids: Sequence[int]) -> list[str]:
+    """[T] the text that each token adds to what stands before it; see `Pieces`.
 
     Args:
         decode: token ids into text.
         before: tokens of the response before these.
         token_ids: [T] the tokens.
-
-    >>> letters = dict(enumerate("abc"))
-    >>> list(pieces(lambda ids: "".join(letters.get(i, "") for i in ids), [0], [1, 9, 2]))
-    ['b', '', 'c']
     """
-    tokens = [*before[-CONTEXT:], *token_ids]
-    first, done = 0, len(tokens) - len(token_ids)
-    for end in range(done + 1, len(tokens) + 1):
-        known, text = decode(tokens[first:done]), decode(tokens[first:end])
-        if text.endswith(BROKEN) or len(text) <= len(known):
-            yield ""
-        else:
-            yield text[len(known) :]
-            # One whole piece of context is enough from here on.
-            first, done = done, end
+    context = before[-CONTEXT:]
+    growing = Pieces(decode)
+    growing.extend([*context, *token_ids])
+    return growing.texts[len(context) :]
 
 
 def load_decoder(name: str) -> Decode:

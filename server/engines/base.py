@@ -4,7 +4,7 @@ An engine takes token ids and gives token ids. It knows nothing of trees, text o
 distribution sampled from: temperature applied, renormalised where top-k or top-p truncates it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -31,6 +31,17 @@ class EngineInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class News:
+    """Tokens that one sample has grown by since it was last told of."""
+
+    sample: int
+    """Index among the request's samples."""
+    token_ids: list[int]
+    logprobs: list[float]
+    """Behaviour log-probability (nats) of each token."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GenerateRequest:
     """`samples` continuations of one token prefix."""
 
@@ -48,6 +59,9 @@ class GenerateRequest:
     """Sample i draws from the stream `seed + i`: callers space the seeds of different requests."""
     stop: tuple[str, ...] = ()
     """A hint: an engine may stop early once a stop string is complete; the sampler trims for certain."""
+    on_news: Callable[[Sequence[News]], None] | None = None
+    """Called on the event loop every few tokens, in order, and never after the result. The result has all that was
+    told of, and what was not: the last tokens, say, or the copies of a greedy sample."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -12,6 +12,7 @@ from server.engines.base import ApplyReport
 from server.engines.jobs import Job, Sample
 from server.engines.kv import RowCache
 from server.engines.model import LanguageModel
+from server.engines.news import Watch
 from server.engines.parameters import Staged, write
 from server.engines.prefill import Prefill
 from server.engines.prefixes import PrefixStore
@@ -54,6 +55,7 @@ class Batch:
         self._cache = RowCache(model.shape, 1, 1, model.device)
         self._store = PrefixStore(model.cache_bytes)
         self._prefill = Prefill(model, self._cache, self._rows, self._store)
+        self._watch = Watch(self._rows, self._cache, self._store)
         self._stops = StopStrings(model.tokenizer)
         self._ends = torch.zeros(model.info.vocab_size, dtype=torch.bool, device=model.device)
         self._ends[list(model.info.eos_token_ids)] = True
@@ -143,6 +145,7 @@ class Batch:
         sampled = clock()
         self._extent += 1
         self.times.steps += 1
+        self._watch.step(self.times.steps)
         self.times.tokens += rows.count
         self._finish(finished)
         self.times.forward_s += forwarded - began
@@ -204,6 +207,7 @@ class Batch:
         groups = self._by_prompt(places)
         for prompt, rows in groups.items():
             self._rows.write_prompt(rows, prompt)
+        self._watch.keep(groups, places)
         computed = self._prefill.prompts(groups)
         for row in places:
             job, prompt = self._at(row).job, self._at(row).prompt
@@ -230,6 +234,7 @@ class Batch:
         self._extent = int(rows.length[: rows.span].max()) if rows.span else 1
         self._truncates = any(r.top_k > 0 or r.top_p < 1 for r in requests.values())
         self._stopping = [row for row, r in requests.items() if r.stop]
+        self._watch.over(rows.running())
 
     def _has_stop(self, row: int) -> bool:
         """Does a stop string end in the row's last token?"""

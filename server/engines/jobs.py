@@ -1,12 +1,12 @@
 """Requests on their way through a batch, and the continuations that they are made of."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import dataclass, field
 
-from server.engines.base import Completion, GenerateRequest, GenerateResult
+from server.engines.base import Completion, GenerateRequest, GenerateResult, News
 from shared.errors import EngineError
 from shared.tree import FinishReason
 
@@ -19,6 +19,8 @@ class Job:
     future: Future[GenerateResult] = field(default_factory=Future)
     completions: dict[int, Completion] = field(default_factory=dict)
     """By sample index, as they finish."""
+    tell: Callable[[Sequence[News]], None] | None = None
+    """Hands news of the samples to the caller, from any thread; None where nobody asked for them."""
     computed_tokens: int = 0
     cached_tokens: int = 0
 
@@ -51,6 +53,8 @@ class Sample:
     index: int
     spans: list[tuple[int, int]] = field(default_factory=list)
     """(weight version, tokens) up to the last weight update."""
+    told: int = 0
+    """Sampled tokens that the caller has had news of."""
 
     @property
     def prompt(self) -> tuple[int, ...]:

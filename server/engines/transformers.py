@@ -6,7 +6,10 @@ module is its face on the event loop.
 """
 
 import asyncio
+import contextlib
+from collections.abc import Callable
 from dataclasses import replace
+from typing import TypeVar
 
 from server.engines.base import (
     ApplyReport,
@@ -23,6 +26,8 @@ from server.engines.requests import check_request
 from server.engines.settings import EngineSettings
 from server.engines.worker import Worker
 from shared.errors import EngineError
+
+T = TypeVar("T")
 
 
 class TransformersEngine:
@@ -58,7 +63,7 @@ class TransformersEngine:
             EngineError: the engine failed, or its weights are broken.
         """
         check_request(request, self._info)
-        job = Job(request)
+        job = Job(request, tell=request.on_news and _on_this_loop(request.on_news))
         self._worker.submit(job)
         return await asyncio.wrap_future(job.future)
 
@@ -99,6 +104,17 @@ class TransformersEngine:
         """End the thread and free the model; open requests fail. A second call does nothing."""
         await asyncio.to_thread(self._worker.close)
         self._model = None
+
+
+def _on_this_loop(call: Callable[[T], None]) -> Callable[[T], None]:
+    """A function that any thread may call, to the effect that `call` is called on the running event loop."""
+    loop = asyncio.get_running_loop()
+
+    def later(argument: T) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to be told
+            loop.call_soon_threadsafe(call, argument)
+
+    return later
 
 
 async def open_engine(settings: EngineSettings) -> TransformersEngine:

@@ -3,16 +3,14 @@
 import asyncio
 import contextlib
 import logging
-import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import Awaitable, Iterator
 from typing import Any, TypeVar
 from uuid import uuid4
 
 from server.engines import vllm_start
 from server.engines.base import (
     ApplyReport,
-    Completion,
     EngineInfo,
     GenerateRequest,
     GenerateResult,
@@ -20,16 +18,13 @@ from server.engines.base import (
 )
 from server.engines.requests import check_request
 from server.engines.settings import EngineSettings
+from server.engines.vllm_requests import completion, final_output, sampling_params
 from server.engines.vllm_start import (
     AsyncLLM,
-    RequestOutput,
-    RequestOutputKind,
-    SamplingParams,
     VLLMClientError,
     tokens_input,
 )
 from shared.errors import EngineError, RequestError, SpokeError, WeightsError
-from shared.tree import FinishReason
 
 log = logging.getLogger("spoke.engine")
 T = TypeVar("T")
@@ -92,15 +87,25 @@ class VllmEngine:
         self._running += 1
         try:
             with _our_errors():
-                settings = [_sampling(request, self._info, *part) for part in parts]
-                jobs = (llm.generate(prompt, one, request_id=uuid4().hex) for one in settings)
-                answers = await self._while_alive(asyncio.gather(*map(_final, jobs)))
+                jobs = [
+                    final_output(
+                        llm.generate(
+                            prompt,
+                            sampling_params(request, self._info, first, samples),
+                            request_id=uuid4().hex,
+                        ),
+                        request.on_news,
+                        first,
+                    )
+                    for first, samples in parts
+                ]
+                answers = await self._while_alive(asyncio.gather(*jobs))
         finally:
             self._running -= 1
         outputs = [output for answer in answers for output in answer.outputs]
         reused = sum((answer.num_cached_tokens or 0) * len(answer.outputs) for answer in answers)
         return GenerateResult(
-            completions=[_completion(o) for o in outputs * (request.samples if greedy else 1)],
+            completions=[completion(o) for o in outputs * (request.samples if greedy else 1)],
             computed_prefill_tokens=len(request.prompt_token_ids) * len(outputs) - reused,
             cached_tokens=reused,
         )
@@ -220,56 +225,6 @@ async def open_engine(settings: EngineSettings) -> VllmEngine:
         await engine.close()
         raise
     return engine
-
-
-def _sampling(
-    request: GenerateRequest, info: EngineInfo, first: int, samples: int
-) -> SamplingParams:
-    """vLLM's settings for samples `first` to `first + samples - 1` of a request."""
-    return SamplingParams(
-        n=samples,
-        temperature=request.temperature,
-        top_p=request.top_p,
-        top_k=request.top_k,
-        seed=request.seed + first,  # vLLM's sample i draws from seed + i, as ours does
-        max_tokens=request.max_tokens,
-        # The end tokens of `info`, all of them and no others: vLLM would take the tokenizer's alone.
-        ignore_eos=True,
-        stop_token_ids=list(info.eos_token_ids),
-        stop=list(request.stop),
-        detokenize=bool(request.stop),
-        logprobs=0,  # that of the sampled token, and no alternatives
-        flat_logprobs=True,
-        output_kind=RequestOutputKind.FINAL_ONLY,
-    )
-
-
-async def _final(outputs: AsyncIterator[RequestOutput]) -> RequestOutput:
-    """The one output of a vLLM request that gives its final one alone. Cancelling aborts the request."""
-    final = None
-    async for output in outputs:  # to the end: a generator that is left half-way aborts its request
-        final = output
-    if final is None:
-        raise EngineError("vLLM ended a request without an answer")
-    return final
-
-
-def _completion(output: Any) -> Completion:  # noqa: ANN401 - vLLM's CompletionOutput
-    if output.finish_reason not in set(FinishReason):
-        raise EngineError(f"vLLM finished a request by {output.finish_reason!r}")
-    logprobs = [] if output.logprobs is None else list(output.logprobs.logprobs)
-    if not math.isfinite(sum(logprobs)):
-        raise EngineError("the model gives logprobs that are not finite: push sound weights")
-    return Completion(
-        token_ids=list(output.token_ids),
-        logprobs=logprobs,
-        versions=[
-            (int(span.version.removeprefix("v")), span.end - span.start)
-            for span in output.weight_versions or ()
-            if span.end > span.start
-        ],
-        finish_reason=FinishReason(output.finish_reason),
-    )
 
 
 def _label(version: int) -> str:

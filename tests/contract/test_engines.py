@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from server.engines.base import Completion, Engine, GenerateRequest, GenerateResult, Weights
+from server.engines.base import Completion, Engine, GenerateRequest, GenerateResult, News, Weights
 from shared.errors import RequestError, WeightsError
 from shared.tree import FinishReason
 
@@ -265,6 +265,49 @@ async def test_siblings_differ(engine: Engine, prompt: tuple[int, ...]):
 
 
 # --- prefixes ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+async def test_news_tell_of_tokens_while_they_are_sampled(
+    engine: Engine, prompt: tuple[int, ...], temperature: float
+):
+    told: list[News] = []
+    request = ask(prompt, samples=3, max_tokens=60, temperature=temperature)
+    result = await run(engine, replace(request, on_news=told.extend))
+    ends_at = len(told)
+    for sample, completion in enumerate(result.completions):
+        mine = [news for news in told if news.sample == sample]
+        tokens = [token for news in mine for token in news.token_ids]
+        logprobs = [logprob for news in mine for logprob in news.logprobs]
+        assert tokens == completion.token_ids[: len(tokens)]
+        assert logprobs == completion.logprobs[: len(tokens)]
+        # A copy of a greedy sample may be left out.
+        assert len(tokens) >= len(completion.token_ids) - 8 or (sample and temperature == 0.0)
+        assert len(mine) >= len(tokens) // 8 - 1
+    # Nobody is told afterwards, and to be told changes nothing.
+    assert (await run(engine, request)).completions == result.completions
+    assert len(told) == ends_at > 3
+
+
+async def test_a_request_may_start_from_what_another_tells_of(
+    engine: Engine, prompt: tuple[int, ...]
+):
+    path = list(prompt)
+    children: dict[int, asyncio.Task[GenerateResult]] = {}
+
+    def start(told: Sequence[News]) -> None:
+        for news in told:
+            path.extend(news.token_ids)
+        # Were the last token the end, a request would go on behind it.
+        if path[-1] != END:
+            children[len(path) - len(prompt)] = asyncio.create_task(run(engine, ask(path)))
+
+    (whole,) = (await run(engine, replace(ask(prompt, max_tokens=40), on_news=start))).completions
+    assert len(children) > 1
+    for length, child in children.items():
+        (completion,) = (await child).completions
+        expected = whole.token_ids[length : length + 16]
+        assert completion.token_ids[: len(expected)] == expected
 
 
 async def test_a_child_goes_on_where_its_parent_stopped(

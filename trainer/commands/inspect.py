@@ -10,13 +10,14 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console
 
 from shared.errors import ConfigError
+from shared.pieces import Decode
 from shared.tree import Role
 from trainer.algorithms import AlgorithmName, AlgorithmSettings
 from trainer.config import apply_override, explain, load
 from trainer.inspect_html import page
 from trainer.inspect_text import render
 from trainer.inspection import inspect
-from trainer.token_text import Decode, load_decoder, token_texts
+from trainer.token_text import load_decoder, token_texts
 from trainer.tree_file import SavedTree, parse
 
 

@@ -1,0 +1,114 @@
+"""From sampled branches to nodes on the wire: ids, texts, rewards at the leaves."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from server.branches import Branch, Place, walk
+from server.rewards.pool import RewardPool
+from server.tokens import Tokens
+from shared.tree import FinishReason, Node, Role
+from shared.wire import Reward
+
+
+@dataclass(frozen=True, slots=True)
+class Graded:
+    """Reward of one leaf, and why its reward function failed if it did."""
+
+    reward: float | None = None
+    error: str | None = None
+
+
+async def grade(
+    root: Branch, tokens: Tokens, rewards: RewardPool, reward: Reward | None
+) -> dict[Branch, Graded]:
+    """Rewards of all leaves: of the whole response, never of the prompt; none where no reward is asked for.
+
+    A leaf that stands below several nodes is graded once.
+    """
+    if reward is None:
+        return {}
+    unfinished = float(reward.options.get("unfinished", 0.0))
+    leaves = dict.fromkeys(
+        place.branch
+        for place in walk(root)
+        if place.parent is not None and not place.branch.children
+    )
+    finished: list[Branch] = []
+    grades: dict[Branch, Graded] = {}
+    for leaf in leaves:
+        assert leaf.completion is not None, "only the prompt has no completion"
+        if leaf.completion.finish_reason is FinishReason.STOP:
+            finished.append(leaf)
+        elif leaf.completion.finish_reason is FinishReason.LENGTH:
+            grades[leaf] = Graded(unfinished)
+        else:
+            grades[leaf] = Graded(0.0, "the engine aborted this response")
+    texts = [tokens.decode(leaf.response) for leaf in finished]
+    graded = await rewards.grade(reward.name, texts, reward.reference, reward.options)
+    for leaf, given in zip(finished, graded, strict=True):
+        grades[leaf] = Graded(given.reward, given.error)
+    return grades
+
+
+def wire_nodes(
+    root: Branch,
+    prompt: Sequence[int],
+    grades: dict[Branch, Graded],
+    tokens: Tokens | None,
+) -> list[Node]:
+    """The tree's nodes, parents first, depth first.
+
+    Args:
+        root: of the tree.
+        prompt: [P] token ids.
+        grades: of its leaves.
+        tokens: decodes; None leaves the texts out.
+    """
+    texts: dict[Branch, str] = {}
+    nodes: list[Node] = []
+    for place in walk(root):
+        branch = place.branch
+        if branch.completion is None:
+            text = tokens.decode(prompt) if tokens else None
+            nodes.append(
+                Node(
+                    id=0,
+                    parent=None,
+                    depth=0,
+                    role=Role.PROMPT,
+                    token_ids=list(prompt),
+                    text=text,
+                )
+            )
+            continue
+        if tokens and branch not in texts:
+            texts[branch] = _text(branch, tokens)
+        nodes.append(_node(len(nodes), place, grades.get(branch, Graded()), texts.get(branch)))
+    return nodes
+
+
+def _node(position: int, place: Place, graded: Graded, text: str | None) -> Node:
+    branch = place.branch
+    completion = branch.completion
+    assert completion is not None, "only the prompt has no completion"
+    return Node(
+        id=position,
+        parent=place.parent,
+        depth=place.depth,
+        role=branch.role,
+        token_ids=completion.token_ids,
+        logprobs=completion.logprobs,
+        versions=completion.versions,
+        finish_reason=completion.finish_reason,
+        text=text,
+        reward=graded.reward,
+        reward_error=graded.error,
+    )
+
+
+def _text(branch: Branch, tokens: Tokens) -> str:
+    """The part of the response's text that this branch adds: a character may span two branches' tokens."""
+    head, whole = tokens.decode(branch.before), tokens.decode(branch.response)
+    if whole.startswith(head):
+        return whole[len(head) :]
+    return tokens.decode(branch.response[len(branch.before) :])

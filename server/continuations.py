@@ -1,0 +1,116 @@
+"""What follows a prompt: engine requests of one rollout request, trimmed at its stop strings and counted.
+
+Only token ids go to the engine: what follows the first tokens of a response is asked for by the prompt's tokens
+and these.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from server.branches import cut
+from server.engines.base import Completion, Engine, GenerateRequest, GenerateResult, News
+from server.tokens import Tokens
+from shared.tree import FinishReason
+from shared.wire import Sampling
+
+
+@dataclass(slots=True)
+class Counts:
+    """Tokens of one tree."""
+
+    sampled: int = 0
+    computed_prefill: int = 0
+    cached: int = 0
+
+    def add(self, result: GenerateResult) -> None:
+        """Count one engine request."""
+        self.sampled += sum(len(c.token_ids) for c in result.completions)
+        self.computed_prefill += result.computed_prefill_tokens
+        self.cached += result.cached_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Continuations:
+    """Samples what follows one prompt.
+
+    Args:
+        engine: samples the tokens.
+        tokens: decodes, to find stop strings.
+        prompt: [P] token ids.
+        sampling: how tokens are drawn.
+        seed: of the whole tree.
+        counts: tokens so far.
+    """
+
+    engine: Engine
+    tokens: Tokens
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    seed: int
+    counts: Counts = field(default_factory=Counts)
+
+    def left(self, response: tuple[int, ...]) -> int:
+        """Tokens that the response may still have."""
+        return self.sampling.max_tokens - len(response)
+
+    async def after(
+        self,
+        response: tuple[int, ...],
+        samples: int,
+        *,
+        seed: int,
+        limit: int | None = None,
+        on_news: Callable[[Sequence[News]], None] | None = None,
+    ) -> list[Completion]:
+        """Continuations of a response: one engine request.
+
+        Args:
+            response: [b] tokens from the prompt's end.
+            samples: continuations.
+            seed: sample i draws from the stream `seed + i`.
+            limit: most tokens of each; None for as many as the response may still have.
+            on_news: is told how they grow, before they are trimmed.
+
+        Raises:
+            RequestError: the prompt does not fit the engine.
+            EngineError: the engine failed.
+        """
+        result = await self.engine.generate(
+            GenerateRequest(
+                prompt_token_ids=self.prompt + response,
+                samples=samples,
+                max_tokens=self.left(response) if limit is None else limit,
+                temperature=self.sampling.temperature,
+                top_p=self.sampling.top_p,
+                top_k=self.sampling.top_k,
+                seed=seed,
+                stop=tuple(self.sampling.stop),
+                on_news=on_news,
+            )
+        )
+        self.counts.add(result)
+        return [self._trimmed(response, completion) for completion in result.completions]
+
+    def _trimmed(self, before: tuple[int, ...], completion: Completion) -> Completion:
+        """End a completion with the token that completes a stop string, wherever the string began.
+
+        The engine sees this completion alone; a stop string may begin in the tokens before it.
+        """
+        tokens = completion.token_ids
+        if not self.has_stop((*before, *tokens)):
+            return completion
+        low, high = 1, len(tokens)
+        while low < high:
+            middle = (low + high) // 2
+            if self.has_stop((*before, *tokens[:middle])):
+                high = middle
+            else:
+                low = middle + 1
+        return cut(completion, 0, low, FinishReason.STOP)
+
+    def has_stop(self, response: tuple[int, ...]) -> bool:
+        """Is a stop string in the text of a response?"""
+        if not self.sampling.stop:
+            return False
+        text = self.tokens.decode(response)
+        return any(stop in text for stop in self.sampling.stop)
