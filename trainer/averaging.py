@@ -11,20 +11,11 @@ Responses without any advantage were dropped before: `algorithm.drop_zero = fals
 """
 
 from collections.abc import Sequence
-from enum import StrEnum
 
 from torch import Tensor
 
 from trainer.packing import Row, participating_tokens
-
-
-class Average(StrEnum):
-    """What one token weighs; see the module."""
-
-    TOKEN = "token"
-    SEQUENCE = "sequence"
-    CONSTANT = "constant"
-    MICRO_BATCH = "micro_batch"
+from trainer.settings import Average
 
 
 def denominators(

@@ -22,8 +22,12 @@ def parser() -> argparse.ArgumentParser:
     _add_quickstart(
         commands.add_parser("quickstart", help="the whole loop on this machine, with its own fleet")
     )
+    _add_compare(
+        commands.add_parser("compare", help="several algorithms on one budget, table and plot")
+    )
     _add_eval(commands.add_parser("eval", help="accuracy on a data set, through the servers"))
     _add_tree(commands.add_parser("tree", help="sample one tree and print it"))
+    _add_inspect(commands.add_parser("inspect", help="what the trainer would do with a saved tree"))
     _add_fleet(
         commands.add_parser("fleet", help="the servers of a run, their versions, state and load")
     )
@@ -57,6 +61,25 @@ def _add_quickstart(parse: argparse.ArgumentParser) -> None:
     _add_overrides(parse)
 
 
+def _add_compare(parse: argparse.ArgumentParser) -> None:
+    parse.add_argument(
+        "configs", type=Path, nargs="+", metavar="CONFIG", help="TOML files, one an algorithm"
+    )
+    parse.add_argument(
+        "--out", type=Path, required=True, help="takes every run, the table and the plot; what is there is kept"
+    )  # fmt: skip
+    parse.add_argument("--seeds", default="0,1,2", help="one run of each for each (%(default)s)")
+    budget = parse.add_mutually_exclusive_group()
+    budget.add_argument("--tokens", type=int, help="budget of a run: tokens sampled in training")
+    budget.add_argument("--seconds", type=float, help="budget of a run: seconds of training")
+    parse.add_argument("--points", type=int, help="measurements during a run")
+    parse.add_argument(
+        "--grid", action="append", default=[], metavar="KEY=V,V",
+        help="run every configuration with each value, such as trainer.learning_rate=1e-4,2e-4; may be repeated",
+    )  # fmt: skip
+    _add_overrides(parse)
+
+
 def _add_where(parse: argparse.ArgumentParser) -> None:
     where = parse.add_mutually_exclusive_group(required=True)
     where.add_argument("--server", metavar="URL", help="one server, such as http://127.0.0.1:8000")
@@ -64,36 +87,54 @@ def _add_where(parse: argparse.ArgumentParser) -> None:
     parse.add_argument("--redis-url", default=REDIS_URL, help="with --run (%(default)s)")
 
 
-def _add_sampling(parse: argparse.ArgumentParser, temperature: float) -> None:
+def _add_sampling(
+    parse: argparse.ArgumentParser, temperature: float, reward: str | None = "gsm8k"
+) -> None:
     parse.add_argument(
         "--temperature", type=float, default=temperature, help="0 is greedy (%(default)s)"
     )
     parse.add_argument("--max-tokens", type=int, default=1024, help="of a response (%(default)s)")
     parse.add_argument("--seed", type=int, default=0)
     parse.add_argument(
-        "--reward", default="gsm8k", help="reward function of the server (%(default)s)"
-    )
+        "--reward", default=reward,
+        help=f"reward function of the server (default: {reward or 'that of the data set, else gsm8k'})",
+    )  # fmt: skip
 
 
 def _add_eval(parse: argparse.ArgumentParser) -> None:
     _add_where(parse)
     parse.add_argument(
-        "--data", required=True, help="gsm8k, FILE.jsonl, problems:heldout, hub:NAME:SPLIT"
+        "--data", required=True, help="gsm8k, math500, FILE.jsonl, problems:heldout, hub:NAME:SPLIT"
     )
+    parse.add_argument("--question-field", default=None, help="default: the data set's own")
+    parse.add_argument("--answer-field", default=None, help="default: the data set's own")
     parse.add_argument(
         "--questions", type=int, default=None, help="the first so many; default: all"
     )
     parse.add_argument(
         "--samples", type=int, default=4, help="responses of each question (%(default)s)"
     )
-    parse.add_argument("--prompt", default="{question}\n", help="template; \\n is a newline")
+    parse.add_argument(
+        "--k", default=None, help="of pass@k and majority@k; default: 1,2,4,… up to --samples"
+    )
+    parse.add_argument(
+        "--prompt", default=None, help="template with {question}; \\n is a newline; default: the data set's own"
+    )  # fmt: skip
     parse.add_argument(
         "--chat", action="store_true", help="send the prompt through the chat template"
     )
     parse.add_argument(
         "--timeout", type=float, default=600.0, help="bound of one question, seconds"
     )
-    _add_sampling(parse, 1.0)
+    parse.add_argument(
+        "--out", type=Path, default=None, metavar="DIR",
+        help="takes samples.jsonl and summary.json; default: runs/eval-DATA-DATE-TIME",
+    )  # fmt: skip
+    parse.add_argument(
+        "--resume", action="store_true", help="go on with the samples that --out DIR has"
+    )
+    parse.add_argument("--json", action="store_true", help="print the summary as one JSON object")
+    _add_sampling(parse, 1.0, reward=None)
 
 
 def _add_tree(parse: argparse.ArgumentParser) -> None:
@@ -109,6 +150,27 @@ def _add_tree(parse: argparse.ArgumentParser) -> None:
     )
     parse.add_argument("--json", action="store_true", help="print the server's answer as it came")
     _add_sampling(parse, 1.0)
+
+
+def _add_inspect(parse: argparse.ArgumentParser) -> None:
+    parse.add_argument(
+        "tree",
+        metavar="TREE.json",
+        help="what `spoke tree --json` printed, or nodes by hand; - is stdin",
+    )
+    parse.add_argument(
+        "--config", type=Path, default=None, help="a training configuration; its [algorithm] counts"
+    )
+    parse.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+        help="such as algorithm.advantage=normalised or algorithm.mask_threshold=null; may be repeated",
+    )  # fmt: skip
+    parse.add_argument("--json", action="store_true", help="print a list with an object a segment")
+    parse.add_argument("--html", type=Path, default=None, metavar="FILE", help="write a page")
+    parse.add_argument(
+        "--tokenizer", default=None, metavar="DIR_OR_HUB_ID",
+        help="tells tokens apart; default: the answer's model where it is a directory here",
+    )  # fmt: skip
 
 
 def _add_fleet(parse: argparse.ArgumentParser) -> None:

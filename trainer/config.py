@@ -10,10 +10,10 @@ from pydantic import BaseModel, ValidationError, field_validator, model_validato
 
 from shared.errors import ConfigError
 from shared.manifest import check_run_name
-from shared.wire import TreePlan, field_path
+from shared.wire import ChainPlan, TreePlan, field_path
 from trainer.algorithms.base import AlgorithmName, AlgorithmSettings
-from trainer.averaging import Average
 from trainer.settings import (
+    Average,
     CriticSettings,
     DataSettings,
     EvaluationSettings,
@@ -97,6 +97,12 @@ class TrainSettings(Settings):
     @model_validator(mode="after")
     def _parts_fit_plan(self) -> Self:
         plan = self.rollout.plan
+        cutpoints = isinstance(plan, ChainPlan) and plan.partition.kind == "cutpoints"
+        if self.algorithm.name is AlgorithmName.VINEPPO and cutpoints:
+            raise ValueError(
+                "algorithm.name = vineppo needs a value at the prompt, which cutpoints do not give: "
+                'use rollout.plan.partition = { kind = "delimiter" }, or spo_chain'
+            )
         if plan.kind == "tree" and self.trainer.average in (Average.SEQUENCE, Average.CONSTANT):
             raise ValueError(
                 f"trainer.average = {self.trainer.average!s} is about whole responses, which a tree's segments "

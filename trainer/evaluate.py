@@ -6,12 +6,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from shared.errors import RequestError
 from shared.tree import FinishReason
-from shared.wire import GroupPlan, RolloutTreeResponse
-from trainer.config import DataSettings, RewardSettings
+from shared.wire import GroupPlan, RolloutTreeRequest, RolloutTreeResponse
 from trainer.data import Question
 from trainer.fleet import Fleet
 from trainer.requests import tree_request
+from trainer.settings import DataSettings, RewardSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +68,6 @@ async def evaluate(
     name: str,
     seed: int = 0,
     min_weight_version: int = 0,
-    on_answer: Callable[[RolloutTreeResponse], None] = lambda answer: None,
 ) -> Accuracy:
     """Sample `samples` responses to every question and grade them.
 
@@ -82,15 +82,13 @@ async def evaluate(
         name: of the occasion; see `tree_request`.
         seed: of the sampling.
         min_weight_version: lowest version that may answer.
-        on_answer: called with each question's answer as it comes.
 
     Raises:
         RequestError, FleetError: see `Fleet.rollout_tree`.
     """
     started = time.monotonic()
-
-    async def ask(question: Question) -> RolloutTreeResponse:
-        request = tree_request(
+    requests = [
+        tree_request(
             question,
             data=data,
             reward=reward,
@@ -101,9 +99,47 @@ async def evaluate(
             seed=seed,
             min_weight_version=min_weight_version,
         )
-        answer = await fleet.rollout_tree(request)
-        on_answer(answer)
-        return answer
+        for question in questions
+    ]
+    answers: dict[int, RolloutTreeResponse] = {}
+    await ask_all(fleet, requests, on_answer=answers.__setitem__)
+    in_order = [answers[place] for place in range(len(requests))]
+    return summarise(in_order, time.monotonic() - started)
 
-    answers = await asyncio.gather(*(ask(question) for question in questions))
-    return summarise(answers, time.monotonic() - started)
+
+async def ask_all(
+    fleet: Fleet,
+    requests: Sequence[RolloutTreeRequest],
+    *,
+    on_answer: Callable[[int, RolloutTreeResponse], None],
+    on_refusal: Callable[[int, RequestError], None] | None = None,
+) -> None:
+    """Send every request; keep no answer, since those of long responses would fill the memory.
+
+    Args:
+        fleet: answers.
+        requests: one a question.
+        on_answer: called with a request's place and its answer, as they come.
+        on_refusal: called where the servers refuse a request, and the others go on; None raises it.
+
+    Raises:
+        RequestError: a refusal, without `on_refusal`.
+        FleetError: no server gave an answer in time. The first failure ends every other request.
+    """
+
+    async def ask(place: int, request: RolloutTreeRequest) -> None:
+        try:
+            answer = await fleet.rollout_tree(request)
+        except RequestError as error:
+            if on_refusal is None:
+                raise
+            on_refusal(place, error)
+        else:
+            on_answer(place, answer)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for place, request in enumerate(requests):
+                group.create_task(ask(place, request))
+    except BaseExceptionGroup as failed:
+        raise failed.exceptions[0] from None

@@ -11,28 +11,17 @@ equation 7).
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from enum import StrEnum
 from typing import Self
 
 import torch
 from torch import Tensor
 
+from trainer.settings import KLEstimator
+
 LOG_RATIO_LIMIT = 10.0
 """Log-ratios are clamped to [-10, 10]; outside, a token has no gradient."""
 MAX_MEAN_RATIO = 10.0
 """An optimizer batch whose mean ratio is above this is skipped: no step is taken."""
-
-
-class KLEstimator(StrEnum):
-    """Per-token estimators of KL(policy | reference) at tokens sampled from the policy."""
-
-    NONE = "none"
-    K1 = "k1"
-    """logprob - ref. Unbiased as a number, but its gradient as a loss carries no KL."""
-    K2 = "k2"
-    """(logprob - ref)^2 / 2."""
-    K3 = "k3"
-    """exp(d) - d - 1 with d = clamp(ref - logprob, -10, 10): never negative."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

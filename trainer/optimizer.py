@@ -8,44 +8,12 @@ without masters most steps would be lost.
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-
-class Decay(StrEnum):
-    """How the learning rate falls after the warm-up."""
-
-    CONSTANT = "constant"
-    LINEAR = "linear"
-    COSINE = "cosine"
-
-
-class OptimizerSettings(BaseModel):
-    """AdamW, clipping and schedule; the defaults are the authors'."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    learning_rate: float = Field(default=1e-6, gt=0, description="Peak of the schedule.")
-    betas: tuple[float, float] = (0.9, 0.999)
-    epsilon: float = Field(default=1e-8, gt=0)
-    weight_decay: float = Field(default=0.0, ge=0)
-    clip_norm: float | None = Field(
-        default=1.0, gt=0, description="Largest global gradient norm; null does not clip."
-    )
-    warmup_ratio: float = Field(
-        default=0.03, ge=0, le=1, description="Share of all steps that the warm-up takes."
-    )
-    warmup_steps: int | None = Field(
-        default=None, ge=0, description="Steps of the warm-up; null goes by the ratio."
-    )
-    decay: Decay = Decay.LINEAR
-    floor: float = Field(
-        default=0.0, ge=0, le=1, description="Share of the peak that the decay ends at."
-    )
+from trainer.settings import Decay, OptimizerSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

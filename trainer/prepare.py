@@ -15,10 +15,10 @@ from trainer.config import TrainSettings
 from trainer.critic import Critic, load_critic
 from trainer.data import Question, load
 from trainer.fleet import Fleet, registered
-from trainer.losses import KLEstimator
 from trainer.optimizer import PolicyOptimizer
 from trainer.policy import DTYPES, load_policy, recompute_activations
 from trainer.publish import Publisher, lease
+from trainer.settings import KLEstimator
 from trainer.update import Learner
 
 

@@ -1,4 +1,4 @@
-"""The sections of a training run's settings, one model each; `config` reads them from TOML."""
+"""The sections of a training run's settings, one model each; `config` reads them from TOML. No torch here."""
 
 from enum import StrEnum
 from typing import Any, Literal
@@ -6,9 +6,6 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from shared.wire import Plan
-from trainer.averaging import Average
-from trainer.losses import KLEstimator
-from trainer.optimizer import OptimizerSettings
 
 
 class Settings(BaseModel):
@@ -76,6 +73,57 @@ class RolloutSettings(Settings):
     """Most trees in flight."""
     timeout_s: float = Field(default=600.0, gt=0.0)
     """Bound of one tree, retries included."""
+
+
+class Decay(StrEnum):
+    """How the learning rate falls after the warm-up."""
+
+    CONSTANT = "constant"
+    LINEAR = "linear"
+    COSINE = "cosine"
+
+
+class OptimizerSettings(Settings):
+    """AdamW, clipping and schedule; the defaults are the authors'."""
+
+    learning_rate: float = Field(default=1e-6, gt=0, description="Peak of the schedule.")
+    betas: tuple[float, float] = (0.9, 0.999)
+    epsilon: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip_norm: float | None = Field(
+        default=1.0, gt=0, description="Largest global gradient norm; null does not clip."
+    )
+    warmup_ratio: float = Field(
+        default=0.03, ge=0, le=1, description="Share of all steps that the warm-up takes."
+    )
+    warmup_steps: int | None = Field(
+        default=None, ge=0, description="Steps of the warm-up; null goes by the ratio."
+    )
+    decay: Decay = Decay.LINEAR
+    floor: float = Field(
+        default=0.0, ge=0, le=1, description="Share of the peak that the decay ends at."
+    )
+
+
+class KLEstimator(StrEnum):
+    """Per-token estimators of KL(policy | reference) at tokens sampled from the policy."""
+
+    NONE = "none"
+    K1 = "k1"
+    """logprob - ref. Unbiased as a number, but its gradient as a loss carries no KL."""
+    K2 = "k2"
+    """(logprob - ref)^2 / 2."""
+    K3 = "k3"
+    """exp(d) - d - 1 with d = clamp(ref - logprob, -10, 10): never negative."""
+
+
+class Average(StrEnum):
+    """What one token weighs in the loss; see `averaging`."""
+
+    TOKEN = "token"
+    SEQUENCE = "sequence"
+    CONSTANT = "constant"
+    MICRO_BATCH = "micro_batch"
 
 
 class ReplaySettings(Settings):

@@ -89,6 +89,10 @@ def test_a_redis_that_is_down_is_said_by_everyone(tiny_math: Path, tmp_path: Pat
         (["train", "configs/quickstart.toml", "--run-dir", "x", "--set", "trainer.step=3"], ["'steps'"]),
         (["train", "configs/quickstart.toml", "--run-dir", "{tmp}"], ["fleet.redis_url"]),
         (["eval", "--server", "http://127.0.0.1:1", "--data", "none.jsonl"], ["none.jsonl"]),
+        (["eval", "--server", "http://x", "--data", "problems:heldout", "--k", "5"], ["--k 5", "4"]),
+        (["eval", "--server", "http://x", "--data", "problems:heldout", "--resume"], ["--out"]),
+        (["eval", "--server", "http://x", "--data", "problems:heldout", "--prompt", "x"], ["{question}"]),
+        (["eval", "--server", "http://x", "--data", "problems:heldout", "--temperature", "9"], ["temperature"]),
         (["tree", "--server", "http://x", "--prompt", "x", "--branch-factors", "a"], ["--branch-factors a"]),
     ],
 )  # fmt: skip
@@ -157,35 +161,105 @@ def test_tree_prints_text_values_and_advantages(transformers_server: Any) -> Non
     assert_one_clear_line(unknown, "reward.name", "gsm8k")
 
 
-def test_eval_and_fleet_print_one_thing_each(transformers_server: Any, gsm8k: Path) -> None:
-    data = [
-        "--data",
-        str(gsm8k / "test.jsonl"),
-        "--questions",
-        "3",
-        "--samples",
-        "2",
-        "--max-tokens",
-        "32",
-    ]
-    one = spoke("eval", "--server", transformers_server.url, *data)
+def evaluation(url: str, data: Path, out: Path, *more: str) -> list[str]:
+    return [
+        "eval", "--server", url, "--data", str(data), "--samples", "2", "--max-tokens", "24",
+        "--out", str(out), *more,
+    ]  # fmt: skip
+
+
+def test_eval_keeps_every_sample_and_prints_a_table(
+    transformers_server: Any, gsm8k: Path, tmp_path: Path
+) -> None:
+    url, data, out = transformers_server.url, gsm8k / "test.jsonl", tmp_path / "out"
+    one = spoke(*evaluation(url, data, out, "--questions", "3"))
     assert one.returncode == 0, one.stderr
-    assert "pass@1" in one.stdout
-    assert "3 questions x 2 samples" in one.stdout
+    for part in ("3 questions x 2 samples", "pass@1", "pass@2", "majority@2", "unfinished"):
+        assert part in one.stdout
+    assert len((out / "samples.jsonl").read_text().splitlines()) == 6
+    again = evaluation(url, data, out, "--questions", "4", "--json")
+    assert_one_clear_line(spoke(*again), str(out), "--resume")
+    assert_one_clear_line(spoke(*again, "--resume", "--seed", "5"), "seed = 0, not 5")
+    more = spoke(*again, "--resume", "--k", "2")
+    assert more.returncode == 0, more.stderr
+    found = json.loads(more.stdout)
+    assert (found["questions"], list(found["pass_at"])) == (4, ["2"])
+    assert found == json.loads((out / "summary.json").read_text())
+    lines = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]
+    assert sorted((line["question_id"], line["sample"]) for line in lines) == [
+        (str(q), s) for q in range(4) for s in range(2)
+    ]
+    assert {line["server"] for line in lines} == set(found["servers"])
+    assert all(line["response"] and 0 < line["tokens"] <= 24 for line in lines)
+
+
+def test_eval_of_a_run_finds_its_servers_and_fleet_shows_them(
+    transformers_server: Any, gsm8k: Path, tmp_path: Path
+) -> None:
     where = ["--redis-url", transformers_server.redis_url, "--run", transformers_server.run]
-    many = spoke(
-        "eval",
-        "--run",
-        transformers_server.run,
-        "--redis-url",
-        transformers_server.redis_url,
-        *data,
-    )
+    data = ["--data", str(gsm8k / "test.jsonl"), "--questions", "1", "--samples", "1"]
+    many = spoke("eval", *where, *data, "--max-tokens", "16", "--out", str(tmp_path / "out"))
     assert many.returncode == 0, many.stderr
     fleet = spoke("fleet", *where)
     assert fleet.returncode == 0
     assert transformers_server.url in fleet.stdout
     assert "ready" in fleet.stdout
+
+
+def test_eval_goes_on_without_a_refused_question_and_says_so(
+    transformers_server: Any, tmp_path: Path
+) -> None:
+    """A reference without a number cannot be graded: the server refuses that question, and no other."""
+    data = tmp_path / "a.jsonl"
+    rows = [{"question": f"{i} + 1?", "answer": "none" if i == 1 else str(i)} for i in range(3)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    done = spoke(*evaluation(transformers_server.url, data, tmp_path / "out"))
+    assert done.returncode == 1, done.stderr
+    assert "2 questions x 2 samples" in done.stdout
+    assert "1 questions were refused" in done.stdout
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert [(r["question_id"], r["field"]) for r in summary["refused"]] == [
+        ("1", "reward.reference")
+    ]
+    all_refused = spoke(
+        *evaluation(transformers_server.url, data, tmp_path / "no", "--reward", "gsm9k")
+    )
+    assert_one_clear_line(all_refused, "reward.name", "gsm8k")
+    assert not (tmp_path / "no").exists()
+
+
+def test_eval_that_is_interrupted_keeps_its_samples_and_goes_on(
+    transformers_server: Any, gsm8k: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    command = evaluation(
+        transformers_server.url, gsm8k / "test.jsonl", out, "--questions", "400", "--json"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trainer.cli", *command], stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        # As a terminal starts it: tests that run in the background have SIGINT ignored, and so would it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
+    try:
+        samples = out / "samples.jsonl"
+        wait_until(lambda: samples.exists() or process.poll() is not None, 60)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == 130
+    assert f"of 400 questions are in {out}: the same command with --out {out} --resume" in said
+    assert "Traceback" not in said
+    kept = samples.read_text()
+    assert 0 < len(kept.splitlines()) < 800
+    fewer = [*command, "--resume"]
+    fewer[fewer.index("400")] = "8"
+    samples.write_text(kept + kept[:50])
+    done = spoke(*fewer)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["questions"] == 8
+    assert samples.read_text().startswith(kept)
 
 
 def quickstart(folder: Path, *settings: str) -> list[str]:

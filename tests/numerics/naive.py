@@ -4,14 +4,17 @@ Nothing here calls what it is compared with.
 """
 
 import math
+import os
 
 from hypothesis import settings
 from hypothesis import strategies as st
 
 from shared.tree import RolloutTree
 
-examples = settings(max_examples=60, deadline=None, derandomize=True)
-"""The same examples on every run, so that a failure is everyone's."""
+examples = settings(
+    max_examples=int(os.environ.get("SPOKE_EXAMPLES", "200")), deadline=None, derandomize=True
+)
+"""The same examples on every run, so that a failure is everyone's; SPOKE_EXAMPLES asks for more of them."""
 
 
 def make_tree(

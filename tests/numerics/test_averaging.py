@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from tests.numerics import naive
 from trainer.algorithms import Segment
-from trainer.averaging import Average, denominators, weights
+from trainer.averaging import denominators, weights
 from trainer.losses import policy_loss
 from trainer.packing import Row, collate, micro_batches, needed, participating_tokens, rows
+from trainer.settings import Average
 from trainer.whiten import whiten_rows
 
 MAX_TOKENS = 7

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.losses import KLEstimator, kl_penalty, policy_loss
+from trainer.losses import kl_penalty, policy_loss
 from trainer.mask import participates
+from trainer.settings import KLEstimator
 from trainer.whiten import whiten
 
 CLOSE = 1e-6

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.numerics import naive
-from trainer.losses import KLEstimator, LossSums, policy_loss, total
+from trainer.losses import LossSums, policy_loss, total
+from trainer.settings import KLEstimator
 
 logprob = st.floats(-30, 0)
 token = st.tuples(logprob, logprob, st.floats(-3, 3), logprob, st.booleans())

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from tests.numerics import naive
-from trainer.optimizer import OptimizerSettings, PolicyOptimizer, learning_rate
+from trainer.optimizer import PolicyOptimizer, learning_rate
+from trainer.settings import OptimizerSettings
 
 PLAIN = {"warmup_ratio": 0.0, "decay": "constant"}
 

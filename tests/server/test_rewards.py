@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from server.rewards import RewardPool
-from server.rewards.gsm8k import gsm8k, line_number
+from server.rewards.gsm8k import gsm8k
 from server.rewards.registry import look_up, reward_targets
+from shared.answers import line_number
 from shared.errors import ConfigError, RequestError
 
 ODD_ANSWERS = [

@@ -105,6 +105,7 @@ CHAIN = 'rollout.plan={kind="chain", samples=2, value_rollouts=3}'
             r"vineppo does not read .*'group': use .*kind = \"chain\"",
         ),
         ([CHAIN], r"spo_tree does not read a plan of kind 'chain': use .*kind = \"tree\""),
+        (["algorithm.name=vineppo", CHAIN], "vineppo needs a value at the prompt"),
         (["trainer.average=sequence"], r"trainer.average = sequence is about whole responses"),
         (["algorithm.name=ppo", PPO, "replay.enabled=true"], "replay.enabled: ppo's advantages"),
         (["algorithm.overlong_buffer=128"], "overlong_buffer = 128 leaves nothing of .*128"),

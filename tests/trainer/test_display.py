@@ -24,7 +24,13 @@ def measurement(step: int, mean: float, greedy: float | None) -> Measurement:
         )  # fmt: skip
 
     found = None if greedy is None else accuracy(greedy)
-    return Measurement(step=step, sampled=accuracy(mean), greedy=found)
+    return Measurement(
+        step=step,
+        sampled_tokens=100 * step,
+        seconds=2.0 * step,
+        sampled=accuracy(mean),
+        greedy=found,
+    )
 
 
 def summary(folder: Path) -> Summary:
