@@ -1,7 +1,8 @@
 """What an advantage means. Change a number here only with the design.
 
 1.  spo_tree: A = V(node) - V(parent), V(parent) including the node itself.
-2.  normalised: the same over the population standard deviation of the siblings' values + 1e-8.
+2.  normalised: the same over the population standard deviation of the siblings' values + 1e-8. unbiased: the
+    difference over (siblings - 1) times the branch factors above the parent.
 3.  Advantages of siblings add up to 0, so do those of an only child: A = 0.
 4.  Along a path the differences add up to the leaf's reward less the prompt's value.
 5.  grpo: (r - mean) / (population std + 1e-8); rloo: r - mean of the others, r itself where there are none.
@@ -62,6 +63,27 @@ def test_1_2_tree_advantages_are_the_twins(kind):
         )
 
     check()
+
+
+def test_2_unbiased_by_hand():
+    """4-2: at the prompt over 3; below it over 1 x 4. An aborted sibling is no sibling."""
+    parents, rewards = [0, 1, 1, 0, 0, 0], [None, 1.0, 0.0, 1.0, 0.0, 0.0]
+    tree = naive.make_tree(parents, [1] * 6, rewards)
+    found = by_node(tree, settings(advantage="unbiased"))
+    mean = 1.5 / 4
+    assert found == pytest.approx(
+        {
+            1: (0.5 - mean) / 3,
+            2: 0.5 / 4,
+            3: -0.5 / 4,
+            4: (1 - mean) / 3,
+            5: -mean / 3,
+            6: -mean / 3,
+        }
+    )
+    cut = naive.make_tree([*parents, 0], [1] * 7, [*rewards, None], finish=[*["stop"] * 6, "abort"])
+    assert by_node(cut, settings(advantage="unbiased")) == found
+    assert by_node(naive.make_tree([0], [1], [1.0]), settings(advantage="unbiased")) == {1: 0.0}
 
 
 @naive.examples

@@ -39,6 +39,8 @@ class AdvantageKind(StrEnum):
     """V(node) - V(parent)."""
     NORMALISED = "normalised"
     """The difference over the population standard deviation of the siblings' values."""
+    UNBIASED = "unbiased"
+    """The difference, weighted so that a tree's gradient is that of the mean reward: ours, not the paper's."""
 
 
 class AlgorithmSettings(BaseModel):

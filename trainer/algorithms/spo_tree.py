@@ -3,10 +3,16 @@
     V(leaf) = reward        V(node) = mean of its children's V
     A(node) = V(node) - V(parent)                                     "difference"
     A(node) = (V(node) - V(parent)) / (std of siblings' V + 1e-8)     "normalised", population std
+    A(node) = (V(node) - V(parent)) * share(parent) / (m - 1)         "unbiased"; m siblings, itself included
+              share(prompt) = 1        share(node) = share(parent) / m
+
+A tree samples deeper segments more often, and V(parent) keeps 1 / m of the node's own advantage: with branch
+factors 4-2-2, "difference" follows 1, 4/3 and 8/3 of the policy gradient at the three depths. "unbiased" takes both
+back, at the price of more variance; it is not in the paper (`tests/benchmarks/unbiasedness.py` measures both).
 
 V(parent) includes the node itself (arXiv 2505.23564, section 4). Edge cases: a node without tokens gives no
 segment but counts in its parent's mean; an aborted node gives none and counts in none (`base.values`); siblings
-of equal value have A = 0 exactly, also normalised, whatever the rounding of their mean.
+of equal value have A = 0 exactly, also normalised, whatever the rounding of their mean; an only child has A = 0.
 """
 
 from collections.abc import Iterator
@@ -43,8 +49,11 @@ def _advantages(tree: RolloutTree, kind: AdvantageKind) -> Iterator[tuple[int, f
     known = values(tree)
     below = [[v for i in ids if (v := known[i]) is not None] for ids in tree.children]
     spread = [pstdev(siblings) if siblings else 0.0 for siblings in below]
+    share = [1.0] * len(tree.nodes)
     for node in tree.nodes[1:]:
         assert node.parent is not None
+        siblings = max(1, len(below[node.parent]))
+        share[node.id] = share[node.parent] / siblings
         value, start = known[node.id], known[node.parent]
         if value is None or start is None:
             continue
@@ -53,4 +62,6 @@ def _advantages(tree: RolloutTree, kind: AdvantageKind) -> Iterator[tuple[int, f
             # Rounding of the mean over a standard deviation of zero would look like an advantage.
             noise = negligible(advantage)
             advantage = 0.0 if noise else advantage / (spread[node.parent] + STD_EPSILON)
+        elif kind is AdvantageKind.UNBIASED:
+            advantage *= share[node.parent] / max(1, siblings - 1)
         yield node.id, advantage
