@@ -1,11 +1,19 @@
-"""Semantics of the story generator: seeded, disjoint splits, right arithmetic."""
+"""Semantics of the story generator: seeded, disjoint splits, right arithmetic, two wordings."""
 
+import hashlib
+import json
 import re
+from collections import Counter
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
+from transformers import AutoTokenizer
 
-from trainer.problems import MAX_VALUE, Row, Split, load, rows, split_of
+from trainer.problems import MAX_VALUE, Row, Split, Wording, load, rows, split_of
+
+ROOT = Path(__file__).resolve().parents[2]
 
 _EQUATION = re.compile(r"(\d+)([-+*/])(\d+)=(\d+)\.")
 
@@ -35,12 +43,13 @@ def test_2_the_splits_are_disjoint_for_any_seeds_and_hold_no_question_twice() ->
     assert {split_of(q) for q in heldout} == {Split.HELDOUT}
 
 
+@pytest.mark.parametrize("wording", list(Wording))
 @pytest.mark.parametrize("split", list(Split))
 def test_3_every_equation_is_right_follows_the_last_and_leads_to_the_final_number(
-    split: Split,
+    split: Split, wording: Wording
 ) -> None:
     counts = set()
-    for row in rows(split, 1, 1000):
+    for row in rows(split, 1, 1000, wording):
         steps = equations(row)
         counts.add(len(steps))
         start = int(re.findall(r"\d+", row["question"])[0])
@@ -70,6 +79,61 @@ def test_4_the_story_asks_for_the_operations_that_the_chain_does() -> None:
 def test_5_names_of_data_are_resolved_and_bad_ones_refused() -> None:
     assert load("problems:train?seed=1&count=20") == rows(Split.TRAIN, 1, 20)
     assert load("problems:heldout") == rows(Split.HELDOUT, 0, 600)
-    for bad in ("problems:test", "problems:train?sede=1", "gsm8k", "problems:train?seed=x"):
+    free = rows(Split.TRAIN, 1, 20, Wording.FREE)
+    assert load("problems:train?seed=1&count=20&wording=free") == free
+    assert load("problems:heldout?wording=fixed") == load("problems:heldout")
+    for bad in (
+        "problems:test", "problems:train?sede=1", "gsm8k", "problems:train?seed=x",
+        "problems:train?wording=odd",
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="is not of the form"):
             load(bad)
+
+
+@pytest.mark.parametrize(
+    ("split", "digest"),
+    [
+        (Split.TRAIN, "3f3323529b33789ad21c09c67535150f"),
+        (Split.HELDOUT, "b30af815f02bd6b27120beb3c908d322"),
+    ],
+)
+def test_6_the_fixed_wording_is_that_of_the_quickstarts_checkpoint(
+    split: Split, digest: str
+) -> None:
+    text = json.dumps(rows(split, 0, 1000))
+    assert hashlib.blake2b(text.encode(), digest_size=16).hexdigest() == digest
+
+
+@pytest.mark.parametrize("split", list(Split))
+def test_7_the_free_wording_tells_the_same_equations_of_the_same_stories(split: Split) -> None:
+    fixed, free = (rows(split, 3, 500, wording) for wording in Wording)
+    for one, other in zip(fixed, free, strict=True):
+        assert one["question"] == other["question"]
+        assert equations(one) == equations(other)
+        assert one["answer"].partition("####")[2] == other["answer"].partition("####")[2]
+    assert sum(a["answer"] == b["answer"] for a, b in zip(fixed, free, strict=True)) == 0
+
+
+def test_8_the_free_words_are_drawn_evenly_and_do_not_follow_the_story() -> None:
+    answers = [row["answer"] for row in rows(Split.TRAIN, 0, 4000, Wording.FREE)]
+    told = [part.split() for answer in answers for part in re.split(r"(?<=\.)\s", answer)[1:-1]]
+    leads, verbs = Counter(words[0] for words in told), Counter(words[-2] for words in told)
+    assert (len(leads), len(verbs)) == (8, 6)
+    for counts in (leads, verbs):
+        even = len(told) / len(counts)
+        assert all(abs(count / even - 1) < 0.1 for count in counts.values()), counts
+    # A sum's first word tells nothing of its verb: each pair is as frequent as any other.
+    pairs = Counter((words[1], words[-2]) for words in told if "+" in words[-1])
+    assert len(pairs) == 36
+    assert all(abs(count * 36 / pairs.total() - 1) < 0.25 for count in pairs.values()), pairs
+
+
+@pytest.mark.parametrize(
+    ("wording", "model"), [("fixed", "quickstart/warmstart"), ("free", "compare/wordy/warmstart")]
+)
+def test_9_answers_fit_the_rollouts_of_their_checkpoint(wording: str, model: str) -> None:
+    tokenizer: Any = AutoTokenizer.from_pretrained(ROOT / "configs" / model)
+    problems = rows(Split.TRAIN, 1, 1000, Wording(wording))
+    lengths = [len(ids) + 1 for ids in tokenizer([p["answer"] for p in problems])["input_ids"]]
+    assert 70 < sum(lengths) / len(lengths) < 85
+    assert max(lengths) <= 128

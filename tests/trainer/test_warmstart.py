@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from trainer.problems import Split, rows
-from trainer.warmstart import END, WarmstartSettings, final, run
+from trainer.problems import Split, Wording, rows
+from trainer.warmstart import END, WarmstartSettings, final, run, settings_for
 
 _FILES = {
     "config.json",
@@ -82,3 +82,20 @@ def test_5_the_final_number_is_what_follows_the_last_mark() -> None:
     assert final("a 1+1=2.\n#### 2") == "2"
     assert final("#### 1\n#### 7 ") == "7"
     assert final("no number") is None
+
+
+def test_6_the_free_wording_has_settings_of_its_own_and_says_how_it_was_made(
+    tmp_path: Path,
+) -> None:
+    usual = settings_for(Wording.FREE, tmp_path)
+    assert (usual.wording, usual.vocabulary) == (Wording.FREE, 512)
+    assert settings_for(Wording.FIXED, tmp_path) == WarmstartSettings(out=tmp_path)
+    short = settings_for(Wording.FREE, tmp_path, steps=2, problems=400, batch=4, heldout=0)
+    run(short, lambda line: None)
+    source = (tmp_path / "SOURCE.md").read_text()
+    command, *_ = [line for line in source.splitlines() if line.startswith("Made by")]
+    assert command.endswith(" --wording free`.")
+    assert "--steps 2" in command
+    assert "`problems:train?seed=0&wording=free`" in source
+    assert "`problems:heldout?wording=free`" in source
+    assert {path.name for path in tmp_path.iterdir()} == _FILES
