@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from transformers import AutoModelForTokenClassification, PreTrainedModel
+from transformers.utils import logging
 
 from shared.errors import ConfigError
 from trainer.algorithms.base import AlgorithmSettings, Segment, TokenTargets
@@ -45,6 +46,8 @@ def load_critic(
     Raises:
         ConfigError: the checkpoint's kind of model has no head for single tokens.
     """
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.ERROR)  # it would warn that the head is new, which is what we want
     try:
         model: Any  # transformers leaves `eval` and `to` untyped
         model, info = AutoModelForTokenClassification.from_pretrained(
@@ -53,6 +56,8 @@ def load_critic(
     except (OSError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ConfigError(f"critic: no critic can be made from {str(path)!r}: {reason}") from error
+    finally:
+        logging.set_verbosity(before)
     with torch.no_grad():
         for name in info["missing_keys"]:
             model.get_parameter(name).zero_()

@@ -3,6 +3,10 @@
     V(boundary) = mean reward of N independent rollouts from it        V(end of the response) = its reward
     A(segment) = V(end of segment) - V(start of segment)
 
+With cutpoints the estimate is not quite unbiased: a boundary before token t is there because of token t, so V(end)
+leaves out the rare token that placed it (cosine 0.998 to the exact gradient where values can be enumerated, see
+`tests/benchmarks/unbiasedness.py`; fixed and delimiter boundaries are unbiased).
+
 The boundaries are the server's: cutpoints, a fixed length, or a delimiter (arXiv 2505.23564, section 4; DESIGN
 section 4). Edge cases: a segment that starts where there is no estimate (the tokens before the first boundary,
 unless the prompt is one) has A = 0; an aborted rollout counts in no mean; an aborted response has no reward, so

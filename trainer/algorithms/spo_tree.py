@@ -7,8 +7,8 @@
               share(prompt) = 1        share(node) = share(parent) / m
 
 A tree samples deeper segments more often, and V(parent) keeps 1 / m of the node's own advantage: with branch
-factors 4-2-2, "difference" follows 1, 4/3 and 8/3 of the policy gradient at the three depths. "unbiased" takes both
-back, at the price of more variance; it is not in the paper (`tests/benchmarks/unbiasedness.py` measures both).
+factors 4-2-2, "difference" follows 1, 4/3 and 8/3 of the policy gradient at the three depths. "unbiased" takes
+both back, at the price of more variance; it is not in the paper (`tests/benchmarks/unbiasedness.py` has both).
 
 V(parent) includes the node itself (arXiv 2505.23564, section 4). Edge cases: a node without tokens gives no
 segment but counts in its parent's mean; an aborted node gives none and counts in none (`base.values`); siblings
