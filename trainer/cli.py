@@ -195,6 +195,9 @@ def _add_warmstart(parse: argparse.ArgumentParser) -> None:
     parse.add_argument("--out", type=Path, required=True, help="takes the checkpoint")
     parse.add_argument("--seed", type=int, default=0)
     parse.add_argument("--steps", type=int, default=None)
+    parse.add_argument(
+        "--wording", choices=["fixed", "free"], default="fixed", help="of the chains of thought"
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

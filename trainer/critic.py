@@ -6,6 +6,7 @@ themselves. It learns from every response token, whatever the policy's mask leav
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from logging import ERROR
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def load_critic(
         ConfigError: the checkpoint's kind of model has no head for single tokens.
     """
     before = logging.get_verbosity()
-    logging.set_verbosity(logging.ERROR)  # it would warn that the head is new, which is what we want
+    logging.set_verbosity(ERROR)  # it would warn that the head is new, which is what we want
     try:
         model: Any  # transformers leaves `eval` and `to` untyped
         model, info = AutoModelForTokenClassification.from_pretrained(

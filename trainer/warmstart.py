@@ -1,4 +1,4 @@
-"""The quickstart's supervised warm start: `spoke warmstart`.
+"""Supervised warm starts, the quickstart's and the free wording's: `spoke warmstart`.
 
 Trains a byte-level BPE tokenizer and a small Qwen2-shaped decoder on the stories of `problems`,
 with the loss on the answer and its end token, and saves both as a Hugging Face folder. One torch
@@ -17,7 +17,7 @@ import torch
 import transformers
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
-from trainer.problems import Row, Split, rows
+from trainer.problems import Row, Split, Wording, rows
 
 END, PAD = "<|end|>", "<|pad|>"
 _IGNORED = -100
@@ -59,6 +59,20 @@ class WarmstartSettings:
     """Held-out problems on which the result is measured; 0 measures nothing."""
     longest: int = 160
     """Most tokens of a measured answer."""
+    wording: Wording = Wording.FIXED
+    """Of the chains of thought."""
+
+
+_OWN: dict[Wording, dict[str, int]] = {
+    Wording.FIXED: {},
+    Wording.FREE: {"steps": 850, "vocabulary": 512},
+}
+"""What a wording's warm start does otherwise: its stop, and pieces enough for its words."""
+
+
+def settings_for(wording: Wording, out: Path, **given: int) -> WarmstartSettings:
+    """Return the settings of a wording's own warm start, with ``given`` in place of some."""
+    return WarmstartSettings(out=out, wording=wording, **{**_OWN[wording], **given})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -269,7 +283,7 @@ def run(settings: WarmstartSettings, report: Callable[[str], None]) -> Warmstart
 
 
 def _run(settings: WarmstartSettings, report: Callable[[str], None]) -> WarmstartResult:
-    problems = rows(Split.TRAIN, settings.seed, settings.problems)
+    problems = rows(Split.TRAIN, settings.seed, settings.problems, settings.wording)
     texts = (text for row in problems[:4000] for text in (f"{row['question']}\n", row["answer"]))
     tokenizer = make_tokenizer(texts, settings.vocabulary)
     model = make_model(settings, tokenizer)
@@ -277,7 +291,7 @@ def _run(settings: WarmstartSettings, report: Callable[[str], None]) -> Warmstar
     report(f"{parameters:,} parameters, {len(problems):,} problems, {settings.steps} steps")
     losses = train(model, encode(tokenizer, problems), settings, report)
     save(model, tokenizer, settings.out)
-    heldout = rows(Split.HELDOUT, 0, settings.heldout)
+    heldout = rows(Split.HELDOUT, 0, settings.heldout, settings.wording)
     sampled, greedy = (
         measure(model, tokenizer, heldout, greedy=g, longest=settings.longest)
         for g in (False, True)
@@ -292,23 +306,26 @@ def _run(settings: WarmstartSettings, report: Callable[[str], None]) -> Warmstar
 
 def _source(settings: WarmstartSettings, result: WarmstartResult, parameters: int) -> str:
     """Say where a checkpoint comes from; without the date, which would change the bytes."""
+    usual = settings_for(settings.wording, settings.out)
+    named = [f.name for f in fields(settings) if f.name not in ("out", "seed", "wording")]
+    changed = [name for name in named if getattr(settings, name) != getattr(usual, name)]
+    free = settings.wording is not Wording.FIXED
     options = " ".join(
-        f"--{field.name.replace('_', '-')} {getattr(settings, field.name)}"
-        for field in fields(settings)
-        if field.name == "seed" or getattr(settings, field.name) != field.default
-        if field.name != "out"
+        f"--{name.replace('_', '-')} {getattr(settings, name)}"
+        for name in ["seed", *changed, *["wording"] * free]
     )
+    train, heldout = ("&wording=free", "?wording=free") if free else ("", "")
     return f"""# Where this checkpoint comes from
 
 Made by `spoke warmstart --out DIR {options}`.
 
 - Model: Qwen2-shaped, {parameters:,} parameters, {settings.layers} layers, width {settings.width}.
-- Data: {settings.problems:,} problems of `problems:train?seed={settings.seed}`,
+- Data: {settings.problems:,} problems of `problems:train?seed={settings.seed}{train}`,
   every answer right; loss on the answers and their end token.
 - Training: {settings.steps} steps of {settings.batch} problems, peak learning rate
   {settings.learning_rate:g} with a schedule of {settings.horizon} steps: stopped early, on purpose.
 - Loss over the last 100 steps: {sum(result.losses[-100:]) / len(result.losses[-100:]):.4f}
   nats for each answer token.
-- Accuracy on the first {settings.heldout} problems of `problems:heldout`, one answer each:
+- Accuracy on the first {settings.heldout} problems of `problems:heldout{heldout}`, one answer each:
   {result.sampled:.1%} at temperature 1, {result.greedy:.1%} greedy.
 """
