@@ -1,11 +1,12 @@
 """Replay of a tree's segments over several iterations (DESIGN section 4).
 
-A tree of 6-6-6 gives up to 258 segments. Each iteration trains at most `per_question` of each tree; the rest wait,
+A tree of 6-6-6 gives up to 258 segments. Each iteration trains at most `per_question` of a question; the rest wait,
 with the behaviour logprobs and versions that they were sampled with, until they are taken or too old.
 """
 
 import json
 import random
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,11 @@ class Waiting:
     """Iteration that sampled it."""
     advantages: dict[int, float]
     """By node id."""
+
+
+def question_of(tree: RolloutTree) -> str:
+    """Which question a tree answers: the last part of its request id; see `requests.tree_request`."""
+    return tree.request_id.rpartition("/")[2]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -66,16 +72,19 @@ class Replay:
         self.waiting += entries.values()
 
     def take(self, iteration: int) -> list[Segment]:
-        """What trains now: at most `per_question` segments of each waiting tree, each segment once ever.
+        """What trains now: at most `per_question` segments of each question, older trees first, each segment once.
 
         The choice depends on the seed, the iteration and the tree's request id alone. What is too old afterwards
         is dropped and counted.
         """
         taken = []
+        left: defaultdict[str, int] = defaultdict(lambda: self.per_question)
         for entry in self.waiting:
-            ids = sorted(entry.advantages)
+            ids, question = sorted(entry.advantages), question_of(entry.tree)
             rng = random.Random(f"{self.seed}/{iteration}/{entry.tree.request_id}")
-            for node_id in sorted(rng.sample(ids, min(self.per_question, len(ids)))):
+            chosen = sorted(rng.sample(ids, min(left[question], len(ids))))
+            left[question] -= len(chosen)
+            for node_id in chosen:
                 advantage = entry.advantages.pop(node_id)
                 taken.append(Segment(tree=entry.tree, node_id=node_id, advantage=advantage))
         waiting, self.waiting = self.waiting, []

@@ -40,6 +40,14 @@ def test_every_segment_trains_once_or_is_dropped_and_counted(sizes, per_question
     assert len(replay) == 0
 
 
+def test_trees_of_one_question_share_its_share_and_the_older_goes_first():
+    replay = Replay(per_question=4, max_age=8, seed=0)
+    replay.add(segments("run/step-0/17", 3), 0)
+    replay.add(segments("run/step-1/17", 9) + segments("run/step-1/18", 9), 1)
+    taken = [s.id.rpartition("/")[0] for s in replay.take(1)]
+    assert taken == ["run/step-0/17"] * 3 + ["run/step-1/17"] + ["run/step-1/18"] * 4
+
+
 def test_a_segment_keeps_its_advantage_and_its_tokens():
     replay = Replay(per_question=2, max_age=8, seed=0)
     given_ones = {s.id: s for s in segments("q", 5)}
