@@ -1,6 +1,6 @@
 """Replay of a tree's segments over several iterations (DESIGN section 4).
 
-A tree of 6-6-6 gives up to 258 segments. Each iteration trains at most `per_question` of a question; the rest wait,
+A tree of 6-6-6 gives up to 258 segments. An iteration trains at most `per_question` of a question; the rest wait,
 with the behaviour logprobs and versions that they were sampled with, until they are taken or too old.
 """
 
