@@ -167,5 +167,5 @@ async def test_a_budget_ends_a_run_and_its_points_are_measured(server, tmp_path)
     # The learning rate falls with the budget that is left.
     rates = [line["learning_rate"] for line in done]
     assert rates == sorted(rates, reverse=True)
-    assert rates[-1] < 0.5 * settings.trainer.learning_rate
+    assert rates[-1] < settings.trainer.learning_rate
     assert summary.steps == len(done)

@@ -15,6 +15,7 @@ from shared.tree import FinishReason
 from shared.wire import RolloutTreeResponse
 from trainer import train as loop
 from trainer.config import TrainSettings
+from trainer.rollouts import Rollout, Sampling
 
 
 def settings_for(following: Any, model: Path, gsm8k: Path, **trainer: Any) -> TrainSettings:
@@ -70,14 +71,14 @@ async def test_one_spo_tree_step_on_gsm8k(
     following: Any, tiny_math: Path, gsm8k: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: list[RolloutTreeResponse] = []
-    rollout = loop.Trainer.rollout
+    step_of = Sampling.step
 
-    async def keeping(self: loop.Trainer, step: int) -> Any:
-        trees, dropped = await rollout(self, step)
-        # The tiny model answers no GSM8K question: its leaves are told apart by length, so that a step has signal.
-        marked = [mark(tree) for tree in trees]
-        kept.extend(trees)
-        return marked, dropped
+    async def keeping(self: Sampling, step: int, version: int) -> Rollout:
+        rollout = await step_of(self, step, version)
+        # The tiny model answers no GSM8K question: leaves are told apart by their tokens, so that there is signal.
+        kept.extend(rollout.trees)
+        rollout.trees = [mark(tree) for tree in rollout.trees]
+        return rollout
 
     def mark(tree: RolloutTreeResponse) -> RolloutTreeResponse:
         leaves = {leaf.id for leaf in tree.leaves()}
@@ -87,7 +88,7 @@ async def test_one_spo_tree_step_on_gsm8k(
         ]
         return tree.model_copy(update={"nodes": nodes}).with_values()
 
-    monkeypatch.setattr(loop.Trainer, "rollout", keeping)
+    monkeypatch.setattr(Sampling, "step", keeping)
     reporter = Quiet()
     settings = settings_for(following, tiny_math, gsm8k)
     summary = await loop.train(settings, tmp_path / "run", reporter)

@@ -23,12 +23,15 @@ CASES = [
 assert len({case["why"] for case in CASES}) == len(CASES), (
     "each case is there for a reason of its own"
 )
+OTHERS: set[int] = set()
+"""Processes that ran before the pool."""
 TOO_SLOW = Grade(reward=0.0, error="took longer than its limit of 2 s")
 TOWER = r"\boxed{9^{9^{9^{9^9}}}}"
 
 
 @pytest_asyncio.fixture(loop_scope="module", scope="module")
 async def pool():
+    OTHERS.update(child.pid for child in multiprocessing.active_children())
     pool = RewardPool(workers=2, timeout_s=LIMIT_S, memory_bytes=MEMORY)
     await pool.start(["math"])
     yield pool
@@ -36,7 +39,8 @@ async def pool():
 
 
 def workers() -> set[int]:
-    return {child.pid for child in multiprocessing.active_children()}
+    """This pool's processes: in a whole session, others have theirs, with other bounds."""
+    return {child.pid for child in multiprocessing.active_children()} - OTHERS
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case["why"] for case in CASES])
