@@ -193,10 +193,7 @@ def with_preset(raw: dict[str, Any]) -> dict[str, Any]:
         return raw
     if name not in PRESETS:
         raise ConfigError(f"preset = {name!r}: there is {', '.join(PRESETS)}")
-    sections = {
-        section: defaults | raw.get(section, {}) for section, defaults in PRESETS[name].items()
-    }
-    return raw | sections
+    return _merge(PRESETS[name], raw)
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:

@@ -22,10 +22,8 @@ from trainer.algorithms.base import AlgorithmSettings, Segment, TokenTargets
 from trainer.algorithms.ppo import gae
 from trainer.losses import value_loss
 from trainer.optimizer import PolicyOptimizer
-from trainer.packing import Batch, Row, collate, micro_batches, rows
+from trainer.packing import PAD, Batch, Row, collate, micro_batches, rows
 from trainer.settings import CriticSettings
-
-PAD = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

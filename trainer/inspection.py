@@ -13,13 +13,12 @@ import numpy as np
 
 from shared.errors import ConfigError
 from shared.tree import FinishReason, Node, Role, RolloutTree, chain_values
-from trainer.algorithms import AlgorithmName, AlgorithmSettings, advantages
+from trainer.algorithms import AlgorithmSettings, advantages
 from trainer.algorithms.base import values
+from trainer.config import PLANS
 from trainer.mask import participates
 from trainer.overlong import penalise
 from trainer.tree_file import SavedTree
-
-CHAIN_ALGORITHMS = frozenset({AlgorithmName.SPO_CHAIN, AlgorithmName.VINEPPO})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,7 +137,7 @@ def inspect(
         chosen = {s.node_id: s.advantage for s in advantages(tree, settings)}
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    chain = saved.is_chain or settings.name in CHAIN_ALGORITHMS
+    chain = saved.is_chain or "chain" in PLANS[settings.name]
     known = chain_values(tree.nodes) if chain else values(tree)
     return Inspection(
         saved=saved,

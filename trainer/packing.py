@@ -23,6 +23,8 @@ from shared.tree import Node, RolloutTree
 from trainer.algorithms import Segment
 from trainer.mask import participates
 
+PAD = 0
+"""Any token: padding lies right of what is scored, where causal attention does not look."""
 NO_VERSION = -1
 """Stands for a token that no version sampled, such as a prompt's."""
 

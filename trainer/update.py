@@ -11,13 +11,19 @@ from trainer.averaging import denominators, weights
 from trainer.critic import Critic, CriticReport
 from trainer.losses import LossSums, policy_loss, total
 from trainer.optimizer import PolicyOptimizer, StepReport
-from trainer.packing import Batch, Row, collate, micro_batches, needed, participating_tokens, rows
+from trainer.packing import (
+    PAD,
+    Batch,
+    Row,
+    collate,
+    micro_batches,
+    needed,
+    participating_tokens,
+    rows,
+)
 from trainer.policy import score, token_logprobs
 from trainer.settings import TrainerSettings, Whitening
 from trainer.whiten import whiten_rows
-
-PAD = 0
-"""Any token: padding lies right of what is scored, where causal attention does not look."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -74,9 +74,6 @@ def _settings(args: argparse.Namespace, saved: SavedTree) -> tuple[AlgorithmSett
         raw["algorithm"]["name"] = AlgorithmName.SPO_CHAIN
     for override in args.overrides:
         apply_override(raw, override)
-    algorithm = raw["algorithm"]
-    if isinstance(algorithm, dict) and algorithm.get("mask_threshold") == "none":
-        algorithm["mask_threshold"] = None
     try:
         return _Sections.model_validate(raw).algorithm, max_tokens
     except ValidationError as error:
