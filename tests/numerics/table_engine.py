@@ -40,6 +40,9 @@ class TableEngine:
             vocab_size=PROMPT + table.questions,
             max_model_len=HORIZON + 3,
             eos_token_ids=(END,),
+            max_batch=1 << 20,
+            kv_tokens=1 << 40,
+            block_tokens=1,
         )
         self._steps = [
             [_Step.of(table.logprobs[question, state]) for state in range(STATES)]
@@ -69,6 +72,9 @@ class TableEngine:
             _sampled(steps, state, request.max_tokens, random.Random(request.seed + i))
             for i in range(request.samples)
         ]
+        if request.on_completion is not None:
+            for i, completion in enumerate(completions):
+                request.on_completion(i, completion)
         return GenerateResult(completions=completions, computed_prefill_tokens=0, cached_tokens=0)
 
     async def load_weights(self, weights: Weights) -> ApplyReport:
@@ -77,6 +83,11 @@ class TableEngine:
 
     async def check(self) -> None:
         """Always well."""
+
+    async def died(self) -> EngineError:
+        """Never."""
+        await asyncio.Event().wait()
+        raise AssertionError("a table does not die")
 
     async def close(self) -> None:
         """Nothing to free."""
