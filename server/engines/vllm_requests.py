@@ -106,7 +106,9 @@ class Part:
     async def read(self, stream: AsyncIterator[RequestOutput]) -> None:
         """Read vLLM's answer to its end, and tell of samples on the way. Cancelling aborts the request."""
         tell_news, tell_completion = self.request.on_news, self.request.on_completion
-        async for output in stream:  # to the end: a generator that is left half-way aborts its request
+        async for (
+            output
+        ) in stream:  # to the end: a generator that is left half-way aborts its request
             if not self.samples:
                 self.cached_tokens = output.num_cached_tokens or 0
             for delta in output.outputs:

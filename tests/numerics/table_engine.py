@@ -1,12 +1,13 @@
 """The enumerable policy as an engine, its trees through the real sampler, grading and wire nodes."""
 
+import asyncio
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from server.answer import grade, wire_nodes
+from server.answer import wire_nodes
 from server.continuations import Continuations
 from server.engines.base import (
     ApplyReport,
@@ -17,9 +18,10 @@ from server.engines.base import (
     Weights,
 )
 from server.engines.requests import check_request
+from server.grading import Grading
 from server.rewards.base import Grade
 from server.sampler import sample
-from shared.errors import WeightsError
+from shared.errors import EngineError, WeightsError
 from shared.tree import FinishReason, RolloutTree
 from shared.wire import Plan, Reward, Sampling
 from tests.numerics.enumerable import END, HORIZON, PROMPT, STATES, Table, Vector
@@ -179,8 +181,9 @@ async def sampled(table: Table, plan: Plan, count: int, seed: int) -> list[Sampl
         )
         root = await sample(plan, continuations)
         reward = Reward(name="table", reference=str(question))
-        grades = await grade(root, tokens, rewards, reward)  # type: ignore[arg-type]  # as above
-        nodes = wire_nodes(root, continuations.prompt, grades, None)
+        grading = Grading(tokens, rewards, reward)  # type: ignore[arg-type]  # as above
+        await grading.below(root)
+        nodes = wire_nodes(root, continuations.prompt, grading.grades, None)
         tree = RolloutTree(request_id=str(number), nodes=nodes)
         found.append(Sampled(question=question, tree=tree, tokens=continuations.counts.sampled))
     return found
