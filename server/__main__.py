@@ -42,7 +42,7 @@ def parser() -> argparse.ArgumentParser:
         default=0.9,
         help="share of a GPU that vLLM may take",
     )
-    add("--seed", type=int, default=0, help="of the engine; requests bring their own")
+    add("--seed", type=int, default=None, help="of the engine; requests may bring their own")
     add("--host", default="127.0.0.1")
     add("--port", type=int, default=8000, help="0 takes a free one")
     add(
@@ -79,6 +79,12 @@ def parser() -> argparse.ArgumentParser:
         "--max-tree-nodes", type=int, default=100_000, help="most nodes of one tree; beyond it: 413"
     )
     add("--max-tree-tokens", type=int, default=20_000_000, help="the same for tokens")
+    add(
+        "--liveness-timeout",
+        type=float,
+        default=30.0,
+        help="seconds that the engine may give no sign of life; then the server ends, to be started again",
+    )
     add(
         "--drain",
         type=float,
@@ -133,6 +139,7 @@ def settings(arguments: Sequence[str] | None) -> "ServerSettings":
         max_tree_nodes=args.max_tree_nodes,
         max_tree_tokens=args.max_tree_tokens,
         drain_s=args.drain,
+        liveness_s=args.liveness_timeout,
         **own,
     )
 

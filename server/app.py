@@ -11,14 +11,13 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from server.connection import ClientGoneError, while_connected
+from server.engines.base import Engine
 from server.metrics import Metrics
 from server.service import RolloutService, Status
 from shared.errors import BusyError, EngineError, RequestError
 from shared.wire import Problem, RolloutTreeRequest, RolloutTreeResponse, field_path
 
 RETRY_AFTER_S = 1
-LIVE_S = 10.0
-"""Longest wait for the engine's sign of life, seconds."""
 LOGPROBS = (
     "log-probability (nats) of each token under the distribution it was sampled from: after temperature, "
     "renormalised where top_p or top_k truncates it; at temperature 0 that of temperature 1"
@@ -40,10 +39,16 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
 
 
 class Holder:
-    """What the routes reach: the status from the start, the service once the model is loaded."""
+    """What the routes reach: the status from the start, the service once the model is loaded.
 
-    def __init__(self, status: Status) -> None:
+    Args:
+        status: of the server.
+        liveness_s: longest wait for the engine's sign of life, seconds.
+    """
+
+    def __init__(self, status: Status, *, liveness_s: float = 30.0) -> None:
         self.status = status
+        self.liveness_s = liveness_s
         self.metrics = Metrics()
         self.service: RolloutService | None = None
 
@@ -79,6 +84,19 @@ def problem(
     )
 
 
+async def alive(engine: Engine, bound_s: float) -> None:
+    """Ask the engine for a sign of life.
+
+    Raises:
+        EngineError: it gives none within the bound, seconds.
+    """
+    try:
+        async with asyncio.timeout(bound_s):
+            await engine.check()
+    except TimeoutError:
+        raise EngineError(f"the engine gave no sign of life in {bound_s:g} s") from None
+
+
 def create_app(holder: Holder) -> FastAPI:
     """The application around one server's holder."""
     app = FastAPI(title="Spoke rollout server", version="0.1.0", docs_url="/docs", redoc_url=None)
@@ -105,11 +123,7 @@ def _add_routes(app: FastAPI, holder: Holder) -> None:
     async def livez() -> dict[str, str]:
         """The process answers, and so does the engine once it is loaded."""
         if holder.service is not None:
-            try:
-                async with asyncio.timeout(LIVE_S):
-                    await holder.service.engine.check()
-            except TimeoutError:
-                raise EngineError(f"the engine gave no sign of life in {LIVE_S:.0f} s") from None
+            await alive(holder.service.engine, holder.liveness_s)
         return {"status": "alive"}
 
     @app.get("/metrics", response_class=Response)

@@ -46,5 +46,7 @@ class ServerSettings:
     """Most nodes of one tree."""
     max_tree_tokens: int = 20_000_000
     """Most tokens of one tree."""
+    liveness_s: float = 30.0
+    """Longest wait for the engine's sign of life, seconds; an engine that gives none takes the server down."""
     drain_s: float = 30.0
     """How long trees in flight may take to end after a stop, seconds; then they are handed back."""
