@@ -13,7 +13,10 @@ from starlette.exceptions import HTTPException
 from server.connection import ClientGoneError, while_connected
 from server.engines.base import Engine
 from server.metrics import Metrics
+from server.respond import CONTENT, tree_response
 from server.service import RolloutService, Status
+from server.streaming import node_stream
+from shared.codec import MediaType, choose
 from shared.errors import BusyError, EngineError, RequestError
 from shared.wire import Problem, RolloutTreeRequest, RolloutTreeResponse, field_path
 
@@ -26,6 +29,7 @@ TITLES = {
     400: "Bad request",
     404: "Not found",
     405: "Method not allowed",
+    406: "Not acceptable",
     409: "Conflict",
     413: "Too large",
     422: "Request cannot be served",
@@ -34,7 +38,7 @@ TITLES = {
 }
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": TITLES[status]}
-    for status in (400, 409, 413, 422, 429, 503)
+    for status in (400, 406, 409, 413, 422, 429, 503)
 }
 
 
@@ -113,11 +117,22 @@ def _add_routes(app: FastAPI, holder: Holder) -> None:
             raise BusyError(f"this server is {status.state}")
         return holder.service
 
-    @app.post("/rollout_tree", responses=_PROBLEMS)
-    async def rollout_tree(body: RolloutTreeRequest, request: Request) -> RolloutTreeResponse:
+    answers: dict[int | str, dict[str, Any]] = {
+        200: {"model": RolloutTreeResponse, "content": CONTENT}
+    }
+
+    @app.post("/rollout_tree", response_class=Response, responses=_PROBLEMS | answers)
+    async def rollout_tree(body: RolloutTreeRequest, request: Request) -> Response:
         """Sample one tree of continuations, grade its leaves and back their values up."""
+        accept, encoding = (
+            ", ".join(request.headers.getlist(name)) for name in ("accept", "accept-encoding")
+        )
+        media = choose(accept)  # refused before anything is sampled
         with status.answering():
-            return await while_connected(request, service().rollout_tree(body))
+            if media is MediaType.NDJSON:
+                return await node_stream(request, service(), body)
+            tree = await while_connected(request, service().rollout_tree(body))
+            return await tree_response(tree, media, encoding)
 
     @app.get("/livez", responses={503: _PROBLEMS[503]})
     async def livez() -> dict[str, str]:

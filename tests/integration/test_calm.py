@@ -109,6 +109,20 @@ async def test_a_client_that_goes_away_takes_its_tree_with_it(
             assert time.monotonic() - began < 5
 
 
+async def test_a_reader_that_leaves_a_stream_takes_its_tree_with_it(
+    tiny_math: Path, tmp_path: Path
+) -> None:
+    with server(tiny_math, tmp_path, "--max-batch", "2") as process:
+        headers = {"accept": "application/x-ndjson"}
+        async with httpx.AsyncClient(base_url=process.url, timeout=60) as client:
+            request = client.stream("POST", "/rollout_tree", json=body(LONG), headers=headers)
+            async with request as answer:
+                await anext(answer.aiter_lines())  # nodes come while 4,000 others wait
+                assert metric(process.url, "spoke_trees_in_flight") == 1
+            assert await until(lambda: metric(process.url, "spoke_trees_in_flight") == 0) < 1.0
+            assert (await client.post("/rollout_tree", json=body())).status_code == 200
+
+
 async def test_a_tree_that_another_waits_for_goes_on(tiny_math: Path, tmp_path: Path) -> None:
     shared = body({"kind": "group", "samples": 60}, request_id="shared")
     with server(tiny_math, tmp_path, "--max-batch", "2") as process:
