@@ -112,13 +112,7 @@ async def _life(settings: ServerSettings, holder: Holder, url: str) -> None:
     async with contextlib.AsyncExitStack() as stack:
         coordinator = await _coordinator(settings, stack)
         engine = await _engine(settings, stack)
-        rewards = RewardPool(
-            dict(settings.rewards),
-            workers=settings.reward_workers,
-            timeout_s=settings.reward_timeout_s,
-        )
-        await rewards.start()
-        stack.push_async_callback(rewards.close)
+        rewards = await _rewards(settings, stack)
         service = RolloutService(
             engine=engine,
             tokens=Tokens.load(settings.engine_settings.model),
@@ -167,6 +161,7 @@ async def _rewards(settings: ServerSettings, stack: contextlib.AsyncExitStack) -
         workers=settings.reward_workers,
         timeout_s=settings.reward_timeout_s,
         memory_bytes=int(settings.reward_memory_gib * 2**30),
+        http=settings.reward_http,
     )
     stack.push_async_callback(pool.close)
     await pool.start()
