@@ -1,8 +1,8 @@
-"""The reward flags of a real server process reach what they are about."""
+"""Rewards of a real server process: its flags reach what they are about; a reward server that is down is named."""
 
 import httpx
 import pytest
-from support import running_server
+from support import free_port, running_server
 
 OWN = """
 import resource
@@ -13,10 +13,14 @@ def memory(response, reference, options):
 
 
 @pytest.mark.slow
-def test_a_server_bounds_the_memory_of_its_rewards(tiny_math, tmp_path, monkeypatch):
+def test_a_server_bounds_its_rewards_memory_and_says_which_of_them_is_down(
+    tiny_math, tmp_path, monkeypatch
+):
     (tmp_path / "own_memory.py").write_text(OWN)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     flags = ["--engine", "transformers", "--reward", "memory=own_memory:memory"]
+    flags += ["--reward", f"judge=http://127.0.0.1:{free_port()}/grade"]
+    monkeypatch.setenv("SPOKE_REWARD_TOKEN_JUDGE", "s3cret-of-the-judge")
     flags += ["--reward-memory-gib", "0.75", "--reward-workers", "1"]
     body = {
         "prompt": "Tom has 3 apples and buys 4 more.",
@@ -30,3 +34,8 @@ def test_a_server_bounds_the_memory_of_its_rewards(tiny_math, tmp_path, monkeypa
         leaves = [n for n in answer.json()["nodes"] if n["finish_reason"] == "stop"]
         assert leaves
         assert {leaf["reward"] for leaf in leaves} == {0.75}
+        body["reward"] = {"name": "judge", "reference": "7"}
+        answer = httpx.post(f"{server.url}/rollout_tree", json=body, timeout=60.0)
+        assert (answer.status_code, answer.json()["field"]) == (503, "reward.name")
+        assert answer.headers["Retry-After"]
+        assert "s3cret" not in answer.text + server.log.read_text()

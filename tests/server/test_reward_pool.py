@@ -77,6 +77,10 @@ def fault(response, reference, options):
                 time.sleep(3600)
             while not os.path.exists(log) or not open(log).read(): pass
             os._exit(5)
+        case ["hang", log]:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+            with open(log, "w") as file: file.write(str(os.getpid()))
+            while True: pass
         case ["many"]:
             small = []
             while True: small.append([None] * 64)
@@ -407,6 +411,32 @@ async def test_a_function_that_cannot_be_loaded_stops_the_start(own_modules, tar
         await pool.start(["broken"])
     assert message in str(refused.value)
     assert workers() <= before
+
+
+SERVER_THAT_DIES = """
+import asyncio, os, signal, sys
+from server.rewards import RewardPool
+
+async def main():
+    pool = RewardPool({"fault": "my_rewards:fault"}, workers=1, timeout_s=60.0)
+    await pool.start(["fault"])
+    running = asyncio.create_task(pool.grade("fault", ["hang " + sys.argv[1]], "", {}))
+    while not (os.path.exists(sys.argv[1]) and open(sys.argv[1]).read()):
+        await asyncio.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+asyncio.run(main())
+"""
+
+
+async def test_a_worker_that_hangs_ends_with_its_server(own_modules, tmp_path):
+    log = tmp_path / "pid"
+    path = os.pathsep.join([str(own_modules), str(Path(__file__).parents[2])])
+    server = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", SERVER_THAT_DIES, str(log)), env=os.environ | {"PYTHONPATH": path}
+    )
+    assert await server.wait() == -signal.SIGKILL
+    await until(lambda: not members({int(log.read_text())}))
 
 
 async def test_close_ends_every_process_and_answers_for_what_runs(own_modules):
