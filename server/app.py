@@ -59,6 +59,7 @@ class Holder:
     def watch(self, service: RolloutService) -> None:
         """Read a service's gauges at every scrape, from before it serves."""
         gate, status, watch = service.gate, self.status, self.metrics.watch
+        self.metrics.watch_rewards(service.rewards)
         watch("trees_in_flight", "Trees that hold a place.", lambda: gate.trees)
         watch("trees_waiting", "Trees in line for a place.", lambda: gate.waiting)
         watch("nodes_in_flight", "Nodes of the trees that hold a place.", lambda: gate.nodes)

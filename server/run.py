@@ -267,6 +267,7 @@ async def _rewards(settings: ServerSettings, stack: contextlib.AsyncExitStack) -
         workers=settings.reward_workers,
         timeout_s=settings.reward_timeout_s,
         memory_bytes=int(settings.reward_memory_gib * 2**30),
+        http=settings.reward_http,
     )
     stack.push_async_callback(pool.close)
     await pool.start()
