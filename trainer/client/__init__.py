@@ -1,0 +1,10 @@
+"""The typed client of rollout servers: `Client`, and `AsyncClient` for programs with an event loop.
+
+Importing it takes httpx and what `shared/` needs, nothing of the trainer.
+"""
+
+from trainer.client.async_client import AsyncClient, OnNode
+from trainer.client.routing import ListServers, Target, fixed
+from trainer.client.sync_client import Client
+
+__all__ = ["AsyncClient", "Client", "ListServers", "OnNode", "Target", "fixed"]
