@@ -7,7 +7,9 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 
+from server.respond import CONTENT, WHOLE, tree_response
 from server.service import RolloutService, Status
+from shared.codec import choose
 from shared.errors import EngineError, RequestError
 from shared.wire import Problem, RolloutTreeRequest, RolloutTreeResponse, field_path
 
@@ -20,13 +22,15 @@ TITLES = {
     400: "Bad request",
     404: "Not found",
     405: "Method not allowed",
+    406: "Not acceptable",
     409: "Conflict",
     413: "Too large",
     422: "Request cannot be served",
     503: "Not ready",
 }
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"model": Problem, "description": TITLES[status]} for status in (400, 409, 422, 503)
+    status: {"model": Problem, "description": TITLES[status]}
+    for status in (400, 406, 409, 422, 503)
 }
 
 
@@ -69,10 +73,18 @@ def _add_routes(app: FastAPI, holder: Holder) -> None:
             raise HTTPException(503, f"this server is {status.state}")
         return holder.service
 
-    @app.post("/rollout_tree", responses=_PROBLEMS)
-    async def rollout_tree(request: RolloutTreeRequest) -> RolloutTreeResponse:
+    answers: dict[int | str, dict[str, Any]] = {
+        200: {"model": RolloutTreeResponse, "content": CONTENT}
+    }
+
+    @app.post("/rollout_tree", response_class=Response, responses=_PROBLEMS | answers)
+    async def rollout_tree(request: RolloutTreeRequest, http: Request) -> Response:
         """Sample one tree of continuations, grade its leaves and back their values up."""
-        return await service().rollout_tree(request)
+        accept, encoding = (
+            ", ".join(http.headers.getlist(name)) for name in ("accept", "accept-encoding")
+        )
+        choose(accept, WHOLE)  # refused before anything is sampled
+        return await tree_response(await service().rollout_tree(request), accept, encoding)
 
     @app.get("/livez", responses={503: _PROBLEMS[503]})
     async def livez() -> dict[str, str]:
