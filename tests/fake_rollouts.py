@@ -15,6 +15,8 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 from support import free_port
 
+from shared.wire import GroupPlan, RolloutTreeRequest
+
 ANSWER = {
     "request_id": "r", "server_id": "s", "model": "m",
     "nodes": [
@@ -25,6 +27,13 @@ ANSWER = {
     "weight_versions": {"min": 0, "max": 0},
     "timing": {"queue_s": 0, "sample_s": 0, "reward_s": 0},
 }  # fmt: skip
+
+REQUEST = RolloutTreeRequest(request_id="r", prompt="1", plan=GroupPlan(samples=1))
+
+
+def asking(prompt: str) -> RolloutTreeRequest:
+    """Another question, without an id."""
+    return REQUEST.model_copy(update={"prompt": prompt, "request_id": None})
 
 
 def problem(status: int, field: str | None = None, **headers: str) -> JSONResponse:
@@ -100,6 +109,10 @@ class FakeServer:
             server.should_exit = True
             server.force_exit = True
             thread.join(10)
+
+
+Fake = Callable[[Callable[[int], Any]], FakeServer]
+"""Starts a server with a script: the fixture `fake`."""
 
 
 async def _gone(request: Request) -> None:

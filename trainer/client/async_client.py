@@ -3,19 +3,19 @@
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from itertools import islice
 from typing import Any, Self
 
 import httpx
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from shared.errors import FleetError, RequestError
-from shared.tree import Node
+from shared.errors import FleetError, RequestError, TreeError
 from shared.wire import RolloutTreeRequest, RolloutTreeResponse
 from trainer.client.connection import checked_urls, open_http
 from trainer.client.identity import question_key, repeatable
-from trainer.client.retries import Failure, failure
+from trainer.client.reading import OnNode, StreamedError, accepts, read_tree
+from trainer.client.retries import Failure, failure, problem
 from trainer.client.routing import ListServers, Router, Target, Trail, fixed
 
 REFRESH_S = 0.5
@@ -25,8 +25,7 @@ PROBE_S = 5.0
 JITTER_S = 0.05
 JITTER = 0.25
 """Share of a wait that is added at random, so that requests refused together do not return together."""
-
-OnNode = Callable[[Node], None]
+_OBJECT = TypeAdapter(dict[str, Any])
 
 
 class AsyncClient:
@@ -80,7 +79,8 @@ class AsyncClient:
 
         Args:
             request: what is asked.
-            on_node: called with each node as it finishes.
+            on_node: called with each node as it finishes, in no order; again from the first where the tree moved
+                to another server. A server that does not stream gives them all at the end.
 
         Raises:
             RequestError: the request itself is refused; it names the field and the remedy.
@@ -112,7 +112,7 @@ class AsyncClient:
 
     async def rollout_trees(
         self, requests: Iterable[RolloutTreeRequest], *, concurrency: int = 64
-    ) -> AsyncIterator[tuple[int, RolloutTreeResponse | RequestError]]:
+    ) -> AsyncGenerator[tuple[int, RolloutTreeResponse | RequestError], None]:
         """Many trees, each as it comes, with its request's place; a refused request loses no other.
 
         Args:
@@ -138,7 +138,8 @@ class AsyncClient:
             for task in running:
                 task.cancel()
             # Shielded: a second cancellation would reach them while they close their connections.
-            await asyncio.shield(asyncio.gather(*running, return_exceptions=True))
+            ends: asyncio.Future[Any] = asyncio.gather(*running, return_exceptions=True)
+            await asyncio.shield(ends)
 
     async def info(self, url: str | None = None) -> dict[str, Any]:
         """What a server says of itself: model, engine, limits, weight version.
@@ -154,12 +155,13 @@ class AsyncClient:
         for where in await self._urls() if url is None else [url.rstrip("/")]:
             answer = await self._get(f"{where}/info")
             if isinstance(answer, httpx.Response) and answer.is_success:
-                found: dict[str, Any] = answer.json()
-                return found
+                try:
+                    return _OBJECT.validate_json(answer.content)
+                except ValidationError:
+                    answer = Failure(reason="its answer is no JSON object")
             if isinstance(answer, httpx.Response):
-                answer = failure(
-                    where, answer.status_code, answer.headers, answer.content, time.time()
-                )
+                found = problem(answer.status_code, answer.content)
+                answer = failure(where, found, answer.headers, time.time())
             reason = f"{where}: {answer.reason}"
         raise FleetError(f"no server tells about itself; the last reason: {reason}")
 
@@ -224,28 +226,23 @@ class AsyncClient:
                     "POST",
                     f"{url}/rollout_tree",
                     content=body,
-                    headers={"Content-Type": "application/json"},
+                    headers={"Content-Type": "application/json", "Accept": accepts(on_node)},
                 ) as answer,
             ):
                 if answer.status_code == httpx.codes.OK:
-                    return await _tree(answer, on_node)
-                content = await answer.aread()
+                    return await read_tree(answer, on_node)
+                found = problem(answer.status_code, await answer.aread())
         except TimeoutError:
             if not bound.expired():
                 raise  # not ours: of the caller's `on_node`
             return Failure(reason="ReadTimeout: no whole answer by the bound")
         except httpx.TransportError as error:
             return Failure(reason=_named(error), whole_server=True)
-        except ValidationError as error:
-            return Failure(reason=f"its answer is no tree: {error.errors()[0]['msg']}")
-        return failure(url, answer.status_code, answer.headers, content, time.time())
-
-
-async def _tree(answer: httpx.Response, on_node: OnNode | None) -> RolloutTreeResponse:
-    tree = RolloutTreeResponse.model_validate_json(await answer.aread())
-    for node in tree.nodes if on_node else ():
-        on_node(node)
-    return tree
+        except TreeError as error:
+            return Failure(reason=f"its answer is no tree: {error}")
+        except StreamedError as error:  # refused after the stream had begun
+            found = error.problem
+        return failure(url, found, answer.headers, time.time())
 
 
 def _now() -> float:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from shared.errors import ConfigError, RequestError
+from shared.errors import ConfigError
 from shared.wire import Problem
 
 TOKEN_VARIABLE = "SPOKE_TOKEN"
@@ -68,21 +68,20 @@ def _unix(date: str) -> float | None:
         return None
 
 
-def failure(url: str, status: int, headers: Mapping[str, str], body: bytes, now: float) -> Failure:
-    """What a status other than 200 means.
+def failure(url: str, found: Problem, headers: Mapping[str, str], now: float) -> Failure:
+    """What a problem means.
 
     Args:
         url: of the server.
-        status: HTTP status.
+        found: as `problem` gives it.
         headers: as in `retry_after`.
-        body: a problem document, or whatever came.
         now: Unix seconds.
 
     Raises:
         ConfigError: the server does not take the token.
         RequestError: the request would be refused again; it names the field and the remedy.
     """
-    found = problem(status, body)
+    status = found.status
     if status in _DENIED:
         raise ConfigError(
             f"{url} {_DENIED[status]} ({found.detail}); set {TOKEN_VARIABLE} to one of its tokens, "
@@ -96,11 +95,11 @@ def failure(url: str, status: int, headers: Mapping[str, str], body: bytes, now:
             whole_server=status in _SERVER,
             retry_after_s=retry_after(headers, now),
         )
-    raise RequestError(found.field or "request", found.detail, status=status)
+    raise found.as_error()
 
 
 def problem(status: int, body: bytes) -> Problem:
-    """The problem document in a body, or one made of what is there; the field is not said twice.
+    """The problem document in the body of an answer, or one made of what is there; the field is not said twice.
 
     >>> problem(422, b'{"title": "t", "status": 422, "detail": "plan: too deep", "field": "plan"}').detail
     'too deep'
@@ -112,6 +111,5 @@ def problem(status: int, body: bytes) -> Problem:
     except ValidationError:
         text = body[:200].decode(errors="replace")
         return Problem(title="", status=status, detail=text or f"HTTP {status} without a body")
-    if found.field is None:
-        return found
-    return found.model_copy(update={"detail": found.detail.removeprefix(f"{found.field}: ")})
+    detail = found.detail.removeprefix(f"{found.field}: ") if found.field else found.detail
+    return found.model_copy(update={"status": status, "detail": detail})

@@ -10,9 +10,10 @@ from typing import Any, Self, TypeVar
 from anyio.from_thread import start_blocking_portal
 
 from shared.errors import RequestError
-from shared.tree import Node
+from shared.stream import NodeLine
 from shared.wire import RolloutTreeRequest, RolloutTreeResponse
-from trainer.client.async_client import AsyncClient, OnNode
+from trainer.client.async_client import AsyncClient
+from trainer.client.reading import OnNode
 from trainer.client.routing import ListServers
 
 CANCEL_S = 5.0
@@ -76,7 +77,7 @@ class Client:
         """One tree; see `AsyncClient.rollout_tree`."""
         if on_node is None:
             return self._run(lambda: self._client.rollout_tree(request))
-        nodes: queue.SimpleQueue[Node | None] = queue.SimpleQueue()
+        nodes: queue.SimpleQueue[NodeLine | None] = queue.SimpleQueue()
         with self._started(lambda: self._client.rollout_tree(request, on_node=nodes.put)) as answer:
             answer.add_done_callback(lambda _: nodes.put(None))
             while (node := nodes.get()) is not None:
