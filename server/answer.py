@@ -1,59 +1,18 @@
 """From sampled branches to nodes on the wire: ids, texts, rewards at the leaves."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 from server.branches import Branch, Place, walk
-from server.rewards.pool import RewardPool
+from server.grading import Graded
 from server.tokens import Tokens
-from shared.tree import FinishReason, Node, Role
-from shared.wire import Reward
-
-
-@dataclass(frozen=True, slots=True)
-class Graded:
-    """Reward of one leaf, and why its reward function failed if it did."""
-
-    reward: float | None = None
-    error: str | None = None
-
-
-async def grade(
-    root: Branch, tokens: Tokens, rewards: RewardPool, reward: Reward | None
-) -> dict[Branch, Graded]:
-    """Rewards of all leaves: of the whole response, never of the prompt; none where no reward is asked for.
-
-    A leaf that stands below several nodes is graded once.
-    """
-    if reward is None:
-        return {}
-    unfinished = float(reward.options.get("unfinished", 0.0))
-    leaves = dict.fromkeys(
-        place.branch
-        for place in walk(root)
-        if place.parent is not None and not place.branch.children
-    )
-    finished: list[Branch] = []
-    grades: dict[Branch, Graded] = {}
-    for leaf in leaves:
-        assert leaf.completion is not None, "only the prompt has no completion"
-        if leaf.completion.finish_reason is FinishReason.STOP:
-            finished.append(leaf)
-        elif leaf.completion.finish_reason is FinishReason.LENGTH:
-            grades[leaf] = Graded(unfinished)
-        else:
-            grades[leaf] = Graded(0.0, "the engine aborted this response")
-    texts = [tokens.decode(leaf.response) for leaf in finished]
-    graded = await rewards.grade(reward.name, texts, reward.reference, reward.options)
-    for leaf, given in zip(finished, graded, strict=True):
-        grades[leaf] = Graded(given.reward, given.error)
-    return grades
+from shared.stream import NodeLine, node_line
+from shared.tree import Node, Role
 
 
 def wire_nodes(
     root: Branch,
     prompt: Sequence[int],
-    grades: dict[Branch, Graded],
+    grades: Mapping[Branch, Graded],
     tokens: Tokens | None,
 ) -> list[Node]:
     """The tree's nodes, parents first, depth first.
@@ -85,6 +44,19 @@ def wire_nodes(
             texts[branch] = _text(branch, tokens)
         nodes.append(_node(len(nodes), place, grades.get(branch, Graded()), texts.get(branch)))
     return nodes
+
+
+def branch_line(path: Sequence[int], branch: Branch, tokens: Tokens | None) -> NodeLine:
+    """A finished branch as a line of a stream.
+
+    Args:
+        path: sibling positions from the prompt.
+        branch: not the prompt.
+        tokens: decodes; None leaves the text out.
+    """
+    place = Place(branch, None, len(path))
+    text = _text(branch, tokens) if tokens else None
+    return node_line(_node(0, place, Graded(), text), ".".join(map(str, path)))
 
 
 def _node(position: int, place: Place, graded: Graded, text: str | None) -> Node:

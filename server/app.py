@@ -1,16 +1,23 @@
 """The HTTP face: routes, and every error as a problem document (RFC 9457)."""
 
+import asyncio
+import math
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
-from server.respond import CONTENT, WHOLE, tree_response
+from server.connection import ClientGoneError, while_connected
+from server.engines.base import Engine
+from server.metrics import Metrics
+from server.respond import CONTENT, tree_response
 from server.service import RolloutService, Status
-from shared.codec import choose
-from shared.errors import EngineError, RequestError
+from server.streaming import node_stream
+from shared.codec import MediaType, choose
+from shared.errors import BusyError, EngineError, RequestError
 from shared.wire import Problem, RolloutTreeRequest, RolloutTreeResponse, field_path
 
 RETRY_AFTER_S = 1
@@ -26,35 +33,72 @@ TITLES = {
     409: "Conflict",
     413: "Too large",
     422: "Request cannot be served",
+    429: "Server full",
     503: "Not ready",
 }
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     status: {"model": Problem, "description": TITLES[status]}
-    for status in (400, 406, 409, 422, 503)
+    for status in (400, 406, 409, 413, 422, 429, 503)
 }
 
 
 class Holder:
-    """What the routes reach: the status from the start, the service once the model is loaded."""
+    """What the routes reach: the status from the start, the service once the model is loaded.
 
-    def __init__(self, status: Status) -> None:
+    Args:
+        status: of the server.
+        liveness_s: longest wait for the engine's sign of life, seconds.
+    """
+
+    def __init__(self, status: Status, *, liveness_s: float = 30.0) -> None:
         self.status = status
+        self.liveness_s = liveness_s
+        self.metrics = Metrics()
         self.service: RolloutService | None = None
+
+    def watch(self, service: RolloutService) -> None:
+        """Read a service's gauges at every scrape, from before it serves."""
+        gate, status, watch = service.gate, self.status, self.metrics.watch
+        watch("trees_in_flight", "Trees that hold a place.", lambda: gate.trees)
+        watch("trees_waiting", "Trees in line for a place.", lambda: gate.waiting)
+        watch("nodes_in_flight", "Nodes of the trees that hold a place.", lambda: gate.nodes)
+        watch("tokens_in_flight", "Their tokens, as expected.", lambda: gate.tokens)
+        watch("requests_in_flight", "Requests being answered.", lambda: status.in_flight)
+        watch("weight_version", "Weight version being sampled.", lambda: service.engine.version)
+        self.metrics.watch_state(lambda: status.state)
 
 
 def problem(
-    status: int, detail: str, *, field: str | None = None, request_id: str | None = None
+    status: int,
+    detail: str,
+    *,
+    field: str | None = None,
+    request_id: str | None = None,
+    retry_after_s: float = RETRY_AFTER_S,
 ) -> Response:
-    """A problem document as a response; 503 carries Retry-After."""
+    """A problem document as a response; 429 and 503 carry Retry-After."""
     title = TITLES.get(status, "Error")
     body = Problem(title=title, status=status, detail=detail, field=field, request_id=request_id)
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if status == 503 else {}
+    headers = {"Retry-After": str(math.ceil(retry_after_s))} if status in (429, 503) else {}
     return JSONResponse(
         body.model_dump(exclude_none=True),
         status_code=status,
         headers=headers,
         media_type="application/problem+json",
     )
+
+
+async def alive(engine: Engine, bound_s: float) -> None:
+    """Ask the engine for a sign of life.
+
+    Raises:
+        EngineError: it gives none within the bound, seconds.
+    """
+    try:
+        async with asyncio.timeout(bound_s):
+            await engine.check()
+    except TimeoutError:
+        raise EngineError(f"the engine gave no sign of life in {bound_s:g} s") from None
 
 
 def create_app(holder: Holder) -> FastAPI:
@@ -70,7 +114,7 @@ def _add_routes(app: FastAPI, holder: Holder) -> None:
 
     def service() -> RolloutService:
         if holder.service is None or not status.state.serves:
-            raise HTTPException(503, f"this server is {status.state}")
+            raise BusyError(f"this server is {status.state}")
         return holder.service
 
     answers: dict[int | str, dict[str, Any]] = {
@@ -78,20 +122,29 @@ def _add_routes(app: FastAPI, holder: Holder) -> None:
     }
 
     @app.post("/rollout_tree", response_class=Response, responses=_PROBLEMS | answers)
-    async def rollout_tree(request: RolloutTreeRequest, http: Request) -> Response:
+    async def rollout_tree(body: RolloutTreeRequest, request: Request) -> Response:
         """Sample one tree of continuations, grade its leaves and back their values up."""
         accept, encoding = (
-            ", ".join(http.headers.getlist(name)) for name in ("accept", "accept-encoding")
+            ", ".join(request.headers.getlist(name)) for name in ("accept", "accept-encoding")
         )
-        choose(accept, WHOLE)  # refused before anything is sampled
-        return await tree_response(await service().rollout_tree(request), accept, encoding)
+        media = choose(accept)  # refused before anything is sampled
+        with status.answering():
+            if media is MediaType.NDJSON:
+                return await node_stream(request, service(), body)
+            tree = await while_connected(request, service().rollout_tree(body))
+            return await tree_response(tree, media, encoding)
 
     @app.get("/livez", responses={503: _PROBLEMS[503]})
     async def livez() -> dict[str, str]:
         """The process answers, and so does the engine once it is loaded."""
         if holder.service is not None:
-            await holder.service.engine.check()
+            await alive(holder.service.engine, holder.liveness_s)
         return {"status": "alive"}
+
+    @app.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        """Prometheus metrics."""
+        return Response(holder.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/readyz", responses={503: _PROBLEMS[503]})
     async def readyz() -> dict[str, Any]:
@@ -102,7 +155,7 @@ def _add_routes(app: FastAPI, holder: Holder) -> None:
     async def info() -> dict[str, Any]:
         """Model, engine, limits, weight version and logprob convention."""
         if holder.service is None:
-            raise HTTPException(503, f"this server is {status.state}")
+            raise BusyError(f"this server is {status.state}")
         engine = holder.service.engine
         about = engine.info
         return {
@@ -114,7 +167,15 @@ def _add_routes(app: FastAPI, holder: Holder) -> None:
             "device": about.device,
             "vocab_size": about.vocab_size,
             "eos_token_ids": list(about.eos_token_ids),
-            "limits": {"max_model_len": about.max_model_len},
+            "limits": {
+                "max_model_len": about.max_model_len,
+                "max_batch": about.max_batch,
+                "kv_tokens": about.kv_tokens,
+                "nodes_in_flight": holder.service.gate.bound.nodes,
+                "tokens_in_flight": holder.service.gate.bound.tokens,
+                "tree_nodes": holder.service.budget.nodes,
+                "tree_tokens": holder.service.budget.tokens,
+            },
             "weights": {"version": engine.version, "digest": status.weights_digest},
             "rewards": holder.service.rewards.names(),
             "logprobs": LOGPROBS,
@@ -133,6 +194,14 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> Response:
         return problem(error.status, str(error), field=error.field)
+
+    @app.exception_handler(BusyError)
+    async def busy(request: Request, error: BusyError) -> Response:
+        return problem(error.status, str(error), retry_after_s=error.retry_after_s)
+
+    @app.exception_handler(ClientGoneError)
+    async def gone(request: Request, error: ClientGoneError) -> Response:
+        return Response(status_code=499)  # nobody reads it; access logs do
 
     @app.exception_handler(EngineError)
     async def engine_failed(request: Request, error: EngineError) -> Response:

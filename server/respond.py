@@ -5,11 +5,9 @@ from typing import Any
 
 from starlette.responses import Response
 
-from shared.codec import MediaType, choose, compress, encode, wants_zstd
+from shared.codec import MediaType, compress, encode, wants_zstd
 from shared.wire import RolloutTreeResponse
 
-WHOLE = (MediaType.JSON, MediaType.MSGPACK)
-"""Forms that are one body."""
 OFF_LOOP_TOKENS = 32_768
 """A tree of this many tokens is encoded in a thread: about 1 MB of JSON, 3 ms."""
 
@@ -22,25 +20,27 @@ CONTENT: dict[str, Any] = {
             "description": "The same tree in packed columns: the layout is in shared/codec.py.",
         }
     },
+    MediaType.NDJSON: {
+        "schema": {
+            "type": "string",
+            "description": "A line for each node as it finishes, then one for the rest: shared/stream.py.",
+        }
+    },
 }
 """OpenAPI's `content` of the forms; JSON's schema is the route's model."""
 
 
 async def tree_response(
-    tree: RolloutTreeResponse, accept: str | None, accept_encoding: str | None
+    tree: RolloutTreeResponse, media: MediaType, accept_encoding: str | None
 ) -> Response:
-    """The tree in the form that the headers ask for.
+    """The tree as one body.
 
     Args:
         tree: the answer.
-        accept: the request's `Accept`.
+        media: JSON or msgpack.
         accept_encoding: the request's `Accept-Encoding`. JSON is compressed by zstd for who names it; msgpack's
             arrays are compressed already.
-
-    Raises:
-        RequestError: no form of one body is acceptable; status 406.
     """
-    media = choose(accept, WHOLE)
     zstd = media is MediaType.JSON and wants_zstd(accept_encoding)
 
     def body() -> bytes:

@@ -7,6 +7,7 @@ import pytest
 
 from server.respond import OFF_LOOP_TOKENS, tree_response
 from shared.codec import MediaType, decode, decompress
+from shared.stream import Assembler
 from shared.tree import Node
 from shared.wire import RolloutTreeResponse
 from tests.shared.test_codec import tree
@@ -76,7 +77,7 @@ async def test_openapi_names_the_forms(client: httpx.AsyncClient) -> None:
     document = (await client.get("/openapi.json")).json()
     responses = document["paths"]["/rollout_tree"]["post"]["responses"]
     content = responses["200"]["content"]
-    assert set(content) == {"application/json", "application/msgpack"}
+    assert set(content) == set(MediaType)
     assert content["application/json"]["schema"]["$ref"].endswith("/RolloutTreeResponse")
     assert "406" in responses
 
@@ -91,3 +92,76 @@ async def test_a_large_tree_takes_the_way_off_the_loop_and_is_the_same(media: Me
         response = await tree_response(made, media, None)
         assert decode(bytes(response.body), media) == made
         assert isinstance(made, RolloutTreeResponse)
+
+
+# --- application/x-ndjson ----------------------------------------------------
+
+
+async def streamed(client: httpx.AsyncClient, request: dict[str, Any]) -> tuple[list[Any], Any]:
+    """(node lines in the order they came, the tree that they make)."""
+    made, nodes = Assembler(), []
+    headers = {"accept": "application/x-ndjson"}
+    async with client.stream("POST", "/rollout_tree", json=request, headers=headers) as answer:
+        assert answer.status_code == 200, await answer.aread()
+        assert answer.headers["content-type"].startswith("application/x-ndjson")
+        async for line in answer.aiter_lines():
+            got = made.feed(line)
+            nodes.append(got)
+    assert made.ended
+    return nodes[:-1], nodes[-1]
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {"kind": "tree", "branch_factors": [3, 2, 2], "segment_tokens": 8},
+        {"kind": "group", "samples": 4},
+        {
+            "kind": "chain",
+            "samples": 2,
+            "partition": {"kind": "fixed", "tokens": 9},
+            "value_rollouts": 2,
+        },
+    ],
+    ids=lambda plan: plan["kind"],
+)
+async def test_a_stream_makes_the_tree_that_json_gives(
+    client: httpx.AsyncClient, plan: dict[str, Any]
+) -> None:
+    request = {
+        "prompt": "Ana has 12 apples. She buys 5 more. How many apples does Ana have now?\n",
+        "plan": plan,
+        "sampling": {"max_tokens": 40, "seed": 5},
+        "reward": {"name": "gsm8k", "reference": "17"},
+    }
+    nodes, tree = await streamed(client, request)
+    whole = (await client.post("/rollout_tree", json=request)).json()
+    # Ids, tokens, texts, rewards and values; logprobs to the last bits, which depend on the batch beside them.
+    for mine, theirs in zip(tree.model_dump(mode="json")["nodes"], whole["nodes"], strict=True):
+        assert (mine.pop("logprobs") or []) == pytest.approx(theirs.pop("logprobs") or [], abs=1e-5)
+        assert mine == theirs
+    assert len(nodes) == len(tree.nodes)
+    if plan["kind"] == "tree":
+        # As they finish: some leaf was there before some first segment's other children were.
+        assert [node.depth for node in nodes] != sorted(node.depth for node in nodes)
+
+
+async def test_a_stream_of_a_kept_tree_is_whole(client: httpx.AsyncClient) -> None:
+    request = {
+        "request_id": "streamed-twice",
+        "prompt": "Ana has 12 apples.",
+        "plan": {"kind": "group", "samples": 3},
+        "sampling": {"max_tokens": 20},
+    }
+    _, first = await streamed(client, request)
+    _, again = await streamed(client, request)
+    assert first == again
+
+
+async def test_what_is_refused_has_its_own_status(client: httpx.AsyncClient) -> None:
+    request = {"prompt": "a", "plan": {"kind": "group", "samples": 1}, "min_weight_version": 9}
+    answer = await client.post(
+        "/rollout_tree", json=request, headers={"accept": "application/x-ndjson"}
+    )
+    assert answer.status_code == 409
+    assert answer.headers["content-type"] == "application/problem+json"
