@@ -1,7 +1,6 @@
 """The client against two real servers of a real model: the examples of its page, and a server that is killed."""
 
 import re
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -11,6 +10,7 @@ import httpx
 import pytest
 from support import ServerProcess, running_server
 
+from shared.stream import node_keys
 from shared.wire import (
     GroupPlan,
     RolloutTreeRequest,
@@ -18,7 +18,7 @@ from shared.wire import (
     Sampling,
     TreePlan,
 )
-from trainer.client import Client
+from trainer.client import Client, NodeLine
 from trainer.client.identity import repeatable
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -89,7 +89,7 @@ def test_a_server_killed_mid_tree_costs_no_tree(two_servers: dict[str, ServerPro
     request = RolloutTreeRequest(
         request_id="long",
         prompt="Ana has 12 apples. She buys 5 more. How many apples does Ana have now?\n",
-        plan=TreePlan(branch_factors=[8, 8, 8, 2], segment_tokens=8),
+        plan=TreePlan(branch_factors=[8, 8, 8], segment_tokens=8),
         sampling=Sampling(max_tokens=160),
     )
     with Client(two_servers, timeout_s=120) as client:
@@ -97,15 +97,18 @@ def test_a_server_killed_mid_tree_costs_no_tree(two_servers: dict[str, ServerPro
         quick = request.model_copy(update={"request_id": "q", "plan": GroupPlan(samples=1)})
         own = client.rollout_tree(quick).server_id
         mine = next(url for url in two_servers if client.info(url)["server_id"] == own)
-        killed = threading.Event()
+        seen: list[str] = []
 
-        def kill() -> None:
-            two_servers[mine].process.kill()
-            killed.set()
+        def on_node(node: NodeLine) -> None:
+            seen.append(node.key)
+            if len(seen) == 20:
+                two_servers[mine].process.kill()
 
-        threading.Timer(0.3, kill).start()
-        answer = client.rollout_tree(request)
-        assert killed.is_set(), "the tree was there before the kill: make it larger"
+        answer = client.rollout_tree(request, on_node=on_node)
+        keys = node_keys([node.parent for node in answer.nodes])
+        # Twenty or more of the server that was killed, then every node of the other's.
+        assert len(seen) >= 20 + len(keys)
+        assert sorted(seen[-len(keys) :]) == sorted(keys)
         assert answer.request_id == "long"
         assert answer.server_id != own
         # The same id at the server that stands: the same tree, not sampled again.
