@@ -25,6 +25,8 @@ class Counts:
     """In continuations that ended."""
     computed_prefill: int = 0
     cached: int = 0
+    decisions: int = 0
+    """Early ones, by which the tree came out smaller than its plan."""
 
     def add(self, result: GenerateResult) -> None:
         """Count the prefill of one engine request."""
@@ -44,6 +46,7 @@ class Continuations:
         seed: of the whole tree.
         counts: tokens so far.
         budget: most nodes and tokens of the tree; None for no bound.
+        reproducible: whether the seed decides the tree; see `GenerateRequest`.
     """
 
     engine: Engine
@@ -53,6 +56,7 @@ class Continuations:
     seed: int
     counts: Counts = field(default_factory=Counts)
     budget: Cost | None = None
+    reproducible: bool = True
 
     def left(self, response: tuple[int, ...]) -> int:
         """Tokens that the response may still have."""
@@ -103,7 +107,7 @@ class Continuations:
                 top_p=self.sampling.top_p,
                 top_k=self.sampling.top_k,
                 seed=seed,
-                reproducible=self.sampling.seed is not None,
+                reproducible=self.reproducible,
                 stop=tuple(self.sampling.stop),
                 on_news=on_news,
                 on_completion=end if on_completion is not None else None,

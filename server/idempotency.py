@@ -40,6 +40,10 @@ class OnlyOnce(Generic[T]):
     keep_bytes: int = 256 << 20
     _entries: dict[str, _Entry[T]] = field(default_factory=dict)
 
+    def __contains__(self, request_id: object) -> bool:
+        """Is there a result for this id, or one on its way?"""
+        return request_id in self._entries
+
     async def get(self, request_id: str, body_digest: str, make: Callable[[], Awaitable[T]]) -> T:
         """The result of `make` for this id: made now, being made, or kept.
 

@@ -28,7 +28,7 @@ class Metrics:
         )
         self.trees = counter(
             "trees",
-            "Trees by how they ended: ok, refused, busy, failed, cancelled, repeated (answered from memory).",
+            "Trees by how they ended: ok, repeated (the same id again), refused, busy, failed, cancelled.",
             ["outcome"],
         )
         self.sampled = counter("sampled_tokens", "Tokens sampled, of trees that ended well.")

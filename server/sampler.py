@@ -53,6 +53,7 @@ async def sample(
         if growth.savings.probe is not None:
             probed = await growth.probe(growth.savings.probe)
             if await growth.agrees(probed):
+                continuations.counts.decisions += 1
                 _tell_all(probed, tell)
                 return probed
         root = Branch.prompt()
@@ -94,9 +95,14 @@ class _Growth:
         budget = self.savings.branch_tokens
         if budget is not None and self.continuations.counts.sampled >= budget:
             children, limit = 1, self.continuations.left(node.response)
+            self.continuations.counts.decisions += 1
         first_round = min(self.savings.settle_after or children, children)
         await self._children(node, path, 0, first_round, limit)
-        if first_round < children and not await self.agrees(node):
+        if first_round == children:
+            return
+        if await self.agrees(node):
+            self.continuations.counts.decisions += 1
+        else:
             await self._children(node, path, first_round, children - first_round, limit)
 
     async def probe(self, samples: int) -> Branch:
@@ -147,7 +153,18 @@ class _Growth:
         left = self.continuations.left(node.response)
         if isinstance(self.plan, GroupPlan) or depth == len(self.factors) - 1:
             return left
-        return min(left, self.plan.segment_tokens)
+        segment = min(left, self.plan.segment_tokens)
+        return self._aligned(node, segment) if self.plan.align else segment
+
+    def _aligned(self, node: Branch, segment: int) -> int:
+        """The longest segment of at most so many tokens that ends one token behind a block of the engine's cache.
+
+        Whole blocks are reused, and the last token before a branch is always computed again. A segment that would
+        lose more than half of its tokens keeps them.
+        """
+        block = self.continuations.engine.info.block_tokens
+        behind = (len(self.continuations.prompt) + len(node.response) + segment - 1) % block
+        return segment - behind if 2 * behind <= segment else segment
 
     def _is_live(self, child: Branch, limit: int) -> bool:
         """May the response go on below this node?"""

@@ -133,7 +133,7 @@ class RolloutService:
             EngineError: the engine failed.
         """
         arrived = time.monotonic()
-        with self._outcome():
+        with self._outcome(repeated=request.request_id in self._once):
             prompt = await self._checked(request)
             request_id = request.request_id or f"tree-{secrets.token_hex(8)}"
             make = partial(self._grow, request, prompt, request_id, arrived, tell)
@@ -150,12 +150,12 @@ class RolloutService:
         return len(growing)
 
     @contextlib.contextmanager
-    def _outcome(self) -> Iterator[None]:
-        """Count how a request ends."""
+    def _outcome(self, *, repeated: bool) -> Iterator[None]:
+        """Count how a request ends; `repeated`: its tree is there or on its way."""
         outcome = "failed"
         try:
             yield
-            outcome = "ok"
+            outcome = "repeated" if repeated else "ok"
         except RequestError:
             outcome = "refused"
             raise
@@ -258,6 +258,7 @@ class RolloutService:
             sampling=request.sampling,
             seed=secrets.randbits(62) if seed is None else seed,
             budget=self.budget,
+            reproducible=seed is not None,
         )
         grading = Grading(self.tokens, self.rewards, request.reward)
         async with self._place(self._most(request, prompt), arrived) as admitted:
@@ -300,7 +301,7 @@ class RolloutService:
                 reward_s=time.monotonic() - sampled,
             ),
         )
-        self._count(tree, arrived)
+        self._count(tree, arrived, counts.decisions)
         if request.reward is None:
             return tree
         return tree.with_values(chain=isinstance(request.plan, ChainPlan))
@@ -319,10 +320,12 @@ class RolloutService:
 
         return told
 
-    def _count(self, tree: RolloutTreeResponse, arrived: float) -> None:
+    def _count(self, tree: RolloutTreeResponse, arrived: float, decisions: int) -> None:
         usage, metrics = tree.usage, self.metrics
         self.status.sampled_tokens += usage.sampled_tokens
         metrics.sampled.inc(usage.sampled_tokens)
+        if decisions:
+            metrics.saved.inc()
         metrics.prefill.labels("computed").inc(usage.computed_prefill_tokens)
         metrics.prefill.labels("cached").inc(usage.cached_tokens)
         metrics.tree_s.observe(time.monotonic() - arrived)

@@ -28,6 +28,11 @@ class TreePlan(WireModel):
     segment_tokens: int = Field(
         ge=1, description="Most tokens of a segment; children at the last depth run to their end."
     )
+    align: bool = Field(
+        default=False,
+        description="Shorten segments so that branches start where the engine's cache reuses all but one token of "
+        "what precedes them, by at most half. Segments then differ in length with the prompt's.",
+    )
 
 
 class FixedPartition(WireModel):

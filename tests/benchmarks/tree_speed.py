@@ -105,6 +105,7 @@ class Bench:
                 "kind": "tree",
                 "branch_factors": factors,
                 "segment_tokens": self.args.segment,
+                "align": self.args.align,
             },
             "sampling": {"max_tokens": self.args.max_tokens, **seed},
             "reward": {"name": "gsm8k", "reference": row["answer"]},
@@ -302,6 +303,7 @@ def arguments() -> argparse.Namespace:
     parse.add_argument("--max-tokens", type=int, default=128)
     parse.add_argument("--trees", type=int, default=16)
     parse.add_argument("--repeats", type=int, default=5)
+    parse.add_argument("--align", action="store_true", help="branch where cache blocks end")
     parse.add_argument("--seeded", action="store_true", help="every tree reproducible")
     parse.add_argument("--accept", default="application/msgpack")
     parse.add_argument("--concurrency", default="", help="such as 1,8,64,512")
