@@ -1,6 +1,6 @@
 """`python -m server` (also `spoke-server`): parse, check what can be checked at once, then load and serve.
 
-Imports little at the top: `--help` answers at once, and every reward process imports this file again.
+Imports little at the top: `--help` answers at once.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from shared.errors import ConfigError, SpokeError
 
 if TYPE_CHECKING:
+    from server.rewards.limits import HttpLimits
     from server.settings import ServerSettings
 
 
@@ -57,13 +58,18 @@ def parser() -> argparse.ArgumentParser:
         help="weight store, where its URL here is not the one that is announced",
     )
     add("--advertise-url", default=None, help="how trainers reach this server")
+    add(
+        "--served-model-name",
+        default=None,
+        help="what the OpenAI routes call the model; default: what --model says",
+    )
     add("--server-id", default=None, help="name in the fleet table")
     add(
         "--reward",
         action="append",
         default=[],
-        metavar="NAME=MODULE:FUNCTION",
-        help="a reward of your own",
+        metavar="NAME=MODULE:FUNCTION|URL",
+        help="a reward of your own; the token of a URL is in SPOKE_REWARD_TOKEN_NAME",
     )
     add("--reward-workers", type=int, default=2, help="processes of each reward function in use")
     add("--reward-memory-gib", type=float, default=2.0, help="address space of each of them")
@@ -91,6 +97,9 @@ def parser() -> argparse.ArgumentParser:
         default=30.0,
         help="seconds that trees in flight may take to end after a stop; then they are handed back",
     )
+    add("--reward-http-timeout", type=float, default=60.0, help="of one batch to a URL, seconds")
+    add("--reward-http-batch", type=int, default=64, help="most responses of one batch to a URL")
+    add("--reward-http-connections", type=int, default=8, help="most batches at once to each URL")
     return parse
 
 
@@ -108,7 +117,7 @@ def settings(arguments: Sequence[str] | None) -> "ServerSettings":
     for text in args.reward:
         name, equals, path = text.partition("=")
         if not (name and equals and ":" in path):
-            raise ConfigError(f"--reward {text}: write NAME=MODULE:FUNCTION")
+            raise ConfigError(f"--reward {text}: write NAME=MODULE:FUNCTION or NAME=URL")
         rewards.append((name, path))
     own = {} if args.server_id is None else {"server_id": args.server_id}
     return ServerSettings(
@@ -130,6 +139,7 @@ def settings(arguments: Sequence[str] | None) -> "ServerSettings":
         run=args.run,
         store=args.store,
         advertise_url=args.advertise_url,
+        served_model_name=args.served_model_name,
         rewards=tuple(rewards),
         reward_workers=args.reward_workers,
         reward_timeout_s=args.reward_timeout,
@@ -140,8 +150,24 @@ def settings(arguments: Sequence[str] | None) -> "ServerSettings":
         max_tree_tokens=args.max_tree_tokens,
         drain_s=args.drain,
         liveness_s=args.liveness_timeout,
+        reward_http=_http_limits(args),
         **own,
     )
+
+
+def _http_limits(args: argparse.Namespace) -> "HttpLimits":
+    from server.rewards.limits import HttpLimits
+
+    limits = HttpLimits(
+        timeout_s=args.reward_http_timeout,
+        batch=args.reward_http_batch,
+        connections=args.reward_http_connections,
+    )
+    if min(limits.timeout_s, limits.batch, limits.connections) <= 0:
+        raise ConfigError(
+            "--reward-http-timeout, --reward-http-batch and --reward-http-connections are above 0"
+        )
+    return limits
 
 
 def bind(host: str, port: int) -> socket.socket:

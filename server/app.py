@@ -1,7 +1,9 @@
 """The HTTP face: routes, and every error as a problem document (RFC 9457)."""
 
 import asyncio
+import contextlib
 import math
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -9,10 +11,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
 
 from server.connection import ClientGoneError, while_connected
+from server.costs import Cost
 from server.engines.base import Engine
 from server.metrics import Metrics
+from server.openai_routes import MISSING, add_openai_routes
 from server.respond import CONTENT, tree_response
 from server.service import RolloutService, Status
 from server.streaming import node_stream
@@ -55,10 +60,13 @@ class Holder:
         self.liveness_s = liveness_s
         self.metrics = Metrics()
         self.service: RolloutService | None = None
+        self.openai: ASGIApp | None = None
+        """The engine's OpenAI routes; None where it has none."""
 
     def watch(self, service: RolloutService) -> None:
         """Read a service's gauges at every scrape, from before it serves."""
         gate, status, watch = service.gate, self.status, self.metrics.watch
+        self.metrics.watch_rewards(service.rewards)
         watch("trees_in_flight", "Trees that hold a place.", lambda: gate.trees)
         watch("trees_waiting", "Trees in line for a place.", lambda: gate.waiting)
         watch("nodes_in_flight", "Nodes of the trees that hold a place.", lambda: gate.nodes)
@@ -180,6 +188,34 @@ def _add_routes(app: FastAPI, holder: Holder) -> None:
             "rewards": holder.service.rewards.names(),
             "logprobs": LOGPROBS,
         }
+
+    _add_openai(app, holder, service)
+
+
+def _add_openai(app: FastAPI, holder: Holder, service: Callable[[], RolloutService]) -> None:
+    """The engine's OpenAI routes: under the same gate and budget as trees, and counted as they are."""
+
+    def target() -> tuple[ASGIApp, int]:
+        context = service().engine.info.max_model_len
+        if holder.openai is None:
+            raise HTTPException(404, MISSING)
+        return holder.openai, context
+
+    @contextlib.asynccontextmanager
+    async def enter(cost: Cost) -> AsyncIterator[None]:
+        budget, gate = service().budget, service().gate
+        if not cost.within(budget):
+            raise RequestError(
+                "n",
+                f"up to {cost.nodes:,} samples and {cost.tokens:,} tokens are over this server's budget of "
+                f"{budget.nodes:,} and {budget.tokens:,}; ask for fewer prompts or samples, or a lower max_tokens",
+                status=413,
+            )
+        with holder.status.answering():
+            async with gate.admitted(cost) if cost.nodes else contextlib.nullcontext():
+                yield
+
+    add_openai_routes(app, target, enter)
 
 
 def _add_error_handlers(app: FastAPI) -> None:

@@ -25,7 +25,7 @@ from server.admission import Gate, capacity
 from server.app import Holder, alive, create_app
 from server.costs import Cost
 from server.engines import EngineName, choose, open_engine
-from server.engines.base import Engine
+from server.engines.base import Engine, SpeaksOpenAI
 from server.follower import Follower
 from server.rewards.pool import RewardPool
 from server.service import RolloutService, Status
@@ -169,6 +169,8 @@ async def _life(settings: ServerSettings, holder: Holder, url: str, stop: asynci
         )
         holder.watch(service)
         follower = None
+        if isinstance(engine, SpeaksOpenAI):
+            holder.openai = await engine.openai_app(settings.served_model_name or service.model)
         if coordinator is None:
             holder.status.state = ServerState.READY
         else:
@@ -267,6 +269,7 @@ async def _rewards(settings: ServerSettings, stack: contextlib.AsyncExitStack) -
         workers=settings.reward_workers,
         timeout_s=settings.reward_timeout_s,
         memory_bytes=int(settings.reward_memory_gib * 2**30),
+        http=settings.reward_http,
     )
     stack.push_async_callback(pool.close)
     await pool.start()

@@ -6,6 +6,7 @@ import uuid
 from dataclasses import dataclass, field
 
 from server.engines.settings import EngineSettings
+from server.rewards.limits import HttpLimits
 
 
 def _server_id() -> str:
@@ -29,9 +30,11 @@ class ServerSettings:
     """Weight store, where this server reaches it under another URL than the trainer announces."""
     advertise_url: str | None = None
     """How trainers reach this server; None is `http://HOST:PORT`."""
+    served_model_name: str | None = None
+    """What requests of the OpenAI routes call the model; None is `engine_settings.model`."""
     server_id: str = field(default_factory=_server_id)
     rewards: tuple[tuple[str, str], ...] = ()
-    """(name, `module:function`) of the user's own reward functions."""
+    """(name, `module:function` or URL) of the user's own rewards."""
     reward_workers: int = 2
     """Processes of each reward function in use."""
     reward_timeout_s: float = 5.0
@@ -50,3 +53,5 @@ class ServerSettings:
     """Longest wait for the engine's sign of life, seconds; an engine that gives none takes the server down."""
     drain_s: float = 30.0
     """How long trees in flight may take to end after a stop, seconds; then they are handed back."""
+    reward_http: HttpLimits = field(default_factory=HttpLimits)
+    """What each reward of a URL may use."""

@@ -17,12 +17,12 @@ MAY_IMPORT = {
 ONLY_IN = {
     "vllm": {
         "server/engines/vllm.py",
+        "server/engines/vllm_openai.py",
         "server/engines/vllm_start.py",
         "server/engines/vllm_worker.py",
     },
     "redis": {"shared/coordination.py"},
     "fsspec": {"shared/store.py"},
-    "pebble": {"server/rewards/processes.py"},
 }
 FILES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))
 

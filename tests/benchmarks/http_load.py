@@ -1,8 +1,7 @@
-"""A client process for benchmarks: many tree requests over real sockets, answers kept raw until the clock has stopped.
+"""A client process for benchmarks: many tree requests over real sockets, decoded once the clock has stopped.
 
-Reads one JSON object from standard input, `{"url", "bodies", "concurrency", "accept", "retry"}`, and writes one:
-for each body the seconds it took and its number of sampled tokens, and the wall time of all. A request that is told
-to come back (429, 503) does so when it was told, with a little jitter, if `retry` says so.
+Reads a `Load` as JSON from standard input, and writes an `Outcome`. A request that is told to come back (429, 503)
+does so when it was told, with a little jitter, if `retry` says so.
 """
 
 import asyncio

@@ -1,9 +1,10 @@
-"""Sampled tokens per second of trees through HTTP, rewards included, against the same engine's own flat generation.
+"""Sampled tokens a second of trees through HTTP, rewards included, against the same engine's flat generation.
 
-The real service (the app, admission, sampler, rewards) runs in this process on an engine whose flat batch generation
-is measured through its own call beside it: the same model, the same run, in turns. The client is another process that
-talks to a real socket and reads msgpack. "Flat" is the upper bound: whole responses to the same prompts, about as many
-tokens, no branching, no HTTP, no rewards; in vLLM its own `AsyncLLM.generate`, without our code.
+The real service (the app, admission, sampler, rewards) runs in this process on an engine whose flat batch
+generation is measured through its own call beside it: the same model, the same run, in turns. The client is
+another process that talks to a real socket and reads msgpack. "Flat" is the upper bound: whole responses to the
+same prompts, about as many tokens, no branching, no HTTP, no rewards; in vLLM its own `AsyncLLM.generate`,
+without our code.
 
 `--plan` gives the tree; with `--concurrency` many trees at once the time of one request is shown for each.
 
@@ -40,22 +41,25 @@ class Measured:
     """Rates of one contender, round by round."""
 
     tokens_s: list[float] = field(default_factory=list)
-    cpu_s: list[float] = field(default_factory=list)
-    """CPU seconds of this process and its children for 1,000 tokens."""
+    service_us: list[float] = field(default_factory=list)
+    """CPU microseconds of this process for a token."""
+    engine_us: list[float] = field(default_factory=list)
+    """The same of the engine's own process, where it has one."""
 
-    def add(self, tokens: int, seconds: float, cpu: float) -> None:
+    def add(self, tokens: int, seconds: float, cpu: list[float]) -> None:
         """Note one round."""
         self.tokens_s.append(tokens / seconds)
-        self.cpu_s.append(1000 * cpu / tokens)
+        self.service_us.append(1e6 * cpu[0] / tokens)
+        self.engine_us.append(1e6 * sum(cpu[1:]) / tokens)
 
 
-def cpu_seconds(pids: list[int]) -> float:
-    """CPU time of some processes, user and system."""
-    ticks = 0
+def cpu_seconds(pids: list[int]) -> list[float]:
+    """CPU time of each of some processes, user and system."""
+    seconds = []
     for pid in pids:
         parts = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(parts[11]) + int(parts[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+        seconds.append((int(parts[11]) + int(parts[12])) / os.sysconf("SC_CLK_TCK"))
+    return seconds
 
 
 def engine_pids() -> list[int]:
@@ -160,11 +164,14 @@ class Bench:
         return sum(len(c.token_ids) for c in final.outputs)
 
 
-async def timed(pids: list[int], work: Callable[[], Awaitable[int]]) -> tuple[int, float, float]:
-    """(tokens, seconds, CPU seconds) of some work."""
-    wall, cpu = time.perf_counter(), cpu_seconds(pids)
+async def timed(
+    pids: list[int], work: Callable[[], Awaitable[int]]
+) -> tuple[int, float, list[float]]:
+    """(tokens, seconds, CPU seconds of each process) of some work."""
+    wall, before = time.perf_counter(), cpu_seconds(pids)
     tokens = await work()
-    return tokens, time.perf_counter() - wall, cpu_seconds(pids) - cpu
+    spent = [b - a for a, b in zip(before, cpu_seconds(pids), strict=True)]
+    return tokens, time.perf_counter() - wall, spent
 
 
 async def ratio(bench: Bench) -> dict[str, Any]:
@@ -195,7 +202,8 @@ async def ratio(bench: Bench) -> dict[str, Any]:
         "ratio": statistics.median(trees.tokens_s) / statistics.median(flat.tokens_s),
         "median_of_rounds": statistics.median(rounds),
         "rounds": [round(r, 3) for r in rounds],
-        "cpu_s_per_1000": [statistics.median(trees.cpu_s), statistics.median(flat.cpu_s)],
+        "service_us": [statistics.median(trees.service_us), statistics.median(flat.service_us)],
+        "engine_us": [statistics.median(trees.engine_us), statistics.median(flat.engine_us)],
         "mean_response": args.response,
     }
 
@@ -259,9 +267,12 @@ async def main(args: argparse.Namespace) -> None:
     result: dict[str, Any] = {"plan": args.plan, "engine": args.engine}
     if args.repeats:
         result |= await ratio(bench)
-        print(f"  ratio of medians {result['ratio']:.3f}, median of rounds "
-              f"{result['median_of_rounds']:.3f}; CPU s per 1,000 tokens "
-              f"{result['cpu_s_per_1000'][0]:.3f} (trees), {result['cpu_s_per_1000'][1]:.3f} (flat)")  # fmt: skip
+        print(
+            f"  ratio of medians {result['ratio']:.3f}, median of rounds {result['median_of_rounds']:.3f}"
+        )
+        for who in ("service", "engine"):
+            of_trees, of_flat = result[f"{who}_us"]
+            print(f"  CPU of the {who}: {of_trees:.0f} us a token (trees), {of_flat:.0f} (flat)")
     result["latency"] = []
     for concurrency in [int(part) for part in args.concurrency.split(",") if part]:
         row = await latency(bench, concurrency)
