@@ -14,6 +14,7 @@ import logging
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -154,6 +155,30 @@ async def test_a_refusing_server_is_left_alone_by_other_requests(fake: Fake) -> 
         for i in range(20):
             await client.rollout_tree(asking(f"question {i}"))
     assert (len(full.bodies), len(good.bodies)) == (1, 20)
+
+
+async def test_a_full_server_gets_the_next_tree_as_soon_as_one_of_ours_ends(fake: Fake) -> None:
+    """Not only after its Retry-After: it would stand idle."""
+    gate = threading.Event()
+
+    async def slow() -> Any:
+        await asyncio.to_thread(gate.wait, 10)
+        return ANSWER
+
+    server = fake(
+        lambda i: slow() if i == 0 else problem(429, **{"Retry-After": "60"}) if i == 1 else ANSWER
+    )
+    async with AsyncClient(server.url, timeout_s=30) as client, asyncio.timeout(20):
+        first = asyncio.create_task(client.rollout_tree(REQUEST))
+        await asyncio.to_thread(server.asked.wait, 10)
+        refused = asyncio.create_task(client.rollout_tree(REQUEST))
+        while len(server.bodies) < 2:
+            await asyncio.sleep(0.01)
+        gate.set()
+        await first
+        await client.rollout_tree(REQUEST)
+        refused.cancel()
+    assert len(server.bodies) == 3
 
 
 async def test_a_request_that_one_server_cannot_do_takes_it_from_no_other(fake: Fake) -> None:

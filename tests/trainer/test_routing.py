@@ -6,6 +6,7 @@
 4. What a request met concerns that request alone.
 5. Servers with the wanted weights come first.
 6. Our own trees count once, whatever a server says of its load.
+7. A full server gets another tree when one of ours ends, and finds out slowly whether there is room for more.
 """
 
 import contextlib
@@ -145,3 +146,31 @@ def test_a_server_that_vanishes_while_it_answers_is_forgiven() -> None:
         assert {choose(of, key) for key in KEYS[:20]} == {"b"}
     of.update([Target(url="a"), Target(url="b")])
     assert {choose(of, key) for key in KEYS[:20]} == {"a", "b"}
+
+
+def test_a_full_server_gets_another_tree_when_one_ends() -> None:
+    of = router("a")
+    with of.sending("a"), of.sending("a"):
+        of.full("a", 0.0, 60.0)
+        assert of.choose(KEYS[0], version=0, now=0.0, trail=Trail()) is None
+    with of.sending("a"):
+        assert choose(of) == "a"
+
+
+def test_a_server_that_others_fill_is_left_alone() -> None:
+    of = router("a")
+    of.full("a", 0.0, 60.0)
+    assert of.choose(KEYS[0], version=0, now=10.0, trail=Trail()) == 50.0
+
+
+def test_room_is_tried_for_one_more_after_a_round_of_trees() -> None:
+    of = router("a")
+    with contextlib.ExitStack() as trees:
+        for _ in range(4):
+            trees.enter_context(of.sending("a"))
+        of.full("a", 0.0, 60.0)
+        for _ in range(4):
+            of.answered("a")
+            assert of.choose(KEYS[0], version=0, now=0.0, trail=Trail()) is None
+        of.answered("a")
+        assert choose(of) == "a"

@@ -1,6 +1,7 @@
 """The client: trees from one server or many, tried again elsewhere by the same id until the bound."""
 
 import asyncio
+import contextlib
 import random
 import time
 from collections.abc import AsyncGenerator, Iterable
@@ -58,6 +59,7 @@ class AsyncClient:
         self._router = Router(slack=affinity_slack)
         self._listed_at = float("-inf")
         self._random = random.Random()
+        self._freed = asyncio.Event()
         self._http = open_http(token, concurrency)
 
     async def __aenter__(self) -> Self:
@@ -103,6 +105,8 @@ class AsyncClient:
                     continue
                 with self._router.sending(choice.url):
                     answer = await self._ask(choice.url, body, deadline, on_node)
+                self._freed.set()  # whoever waits for room looks again
+                self._freed = asyncio.Event()
                 if isinstance(answer, RolloutTreeResponse):
                     self._router.answered(choice.url)
                     return answer
@@ -199,10 +203,12 @@ class AsyncClient:
             self._router.update(await self._list())
 
     async def _pause(self, wait_s: float | None, deadline: float) -> None:
-        """Until a server may be asked, or the list may be another."""
+        """Until a server may be asked, or one of our trees has ended, or the list may be another."""
         wait_s = REFRESH_S if wait_s is None else min(wait_s, REFRESH_S)
         wait_s += self._random.uniform(0, JITTER_S)
-        await asyncio.sleep(max(0.0, min(wait_s, deadline - _now())))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(max(0.0, min(wait_s, deadline - _now()))):
+                await self._freed.wait()
 
     def _note(self, url: str, failed: Failure, trail: Trail) -> None:
         """Leave the server alone for a while: this request by a jitter longer than all others."""
@@ -213,6 +219,8 @@ class AsyncClient:
             wait = self._router.failed(url, now, failed.retry_after_s)
             if failed.retry_after_s is None:
                 self._listed_at = float("-inf")  # it may be dead: ask who lives
+        if failed.full:
+            self._router.full(url, now, failed.retry_after_s)
         noted.until = now + wait * (1 + self._random.uniform(0, JITTER))
 
     async def _ask(

@@ -1,9 +1,10 @@
 """What an answer that is no tree means: tried again elsewhere, or raised. Pure: nothing is sent, no clock is read.
 
-429, 502, 503, transport errors   the server is left alone for a while by every request
-500, 504, a stale server (409)    this request alone tries elsewhere: others may well be served
-401, 403                          ConfigError: the token
-anything else                     RequestError: it would be refused again
+- 502, 503, transport errors: the server is left alone for a while by every request.
+- 500, 504, a stale server (409): this request alone tries elsewhere, others may well be served.
+- 429: so too, and the server gets no more trees at once than it has of ours.
+- 401, 403: ConfigError, the token.
+- anything else: RequestError, it would be refused again.
 """
 
 import email.utils
@@ -17,8 +18,8 @@ from shared.errors import ConfigError
 from shared.wire import Problem
 
 TOKEN_VARIABLE = "SPOKE_TOKEN"
-_SERVER = frozenset({429, 502, 503})
-_REQUEST = frozenset({500, 504})
+_SERVER = frozenset({502, 503})
+_REQUEST = frozenset({429, 500, 504})
 _DENIED = {
     401: "takes no request without a valid token",
     403: "does not allow this with the given token",
@@ -32,6 +33,8 @@ class Failure:
     reason: str
     whole_server: bool = False
     """Every request leaves the server alone for a while; else this one does."""
+    full: bool = False
+    """The server has no room for one more tree."""
     retry_after_s: float | None = None
     """As the server says; None leaves the wait to us."""
 
@@ -93,6 +96,7 @@ def failure(url: str, found: Problem, headers: Mapping[str, str], now: float) ->
         return Failure(
             reason=f"{status}: {reason}",
             whole_server=status in _SERVER,
+            full=status == 429,
             retry_after_s=retry_after(headers, now),
         )
     raise found.as_error()

@@ -7,6 +7,7 @@ tree, unless its load is too far above the least, or it must be left alone for a
 
 import contextlib
 import hashlib
+import math
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -80,6 +81,8 @@ class _Server:
     others: int = 0
     """Trees of other clients, as far as can be known."""
     backoff: Backoff = field(default_factory=Backoff)
+    limit: float = math.inf
+    """Trees of ours that it has room for, as far as it has said."""
 
     @property
     def load(self) -> int:
@@ -131,7 +134,8 @@ class Router:
             trail: where this request failed before.
 
         Returns:
-            A server; or seconds until one may be asked; or None where there is no server.
+            A server; or seconds until one may be asked; or None where that takes another list, or the end
+            of one of our trees.
         """
         servers = [self._servers[url] for url in self._listed]
         fresh = [server for server in servers if server.target.version >= version] or servers
@@ -139,9 +143,10 @@ class Router:
             server.target.url: max(server.backoff.until, trail.backoffs[server.target.url].until)
             for server in fresh
         }
-        ready = [server for server in fresh if until[server.target.url] <= now]
+        rested = [server for server in fresh if until[server.target.url] <= now]
+        ready = [server for server in rested if server.in_flight + 1 <= server.limit]
         if not ready:
-            return min(until.values()) - now if until else None
+            return min(until.values()) - now if until and not rested else None
         bound = min(server.load for server in ready) + self._slack
         near = [server.target for server in ready if server.load <= bound]
         return max(near, key=lambda target: affinity(key, target.url))
@@ -166,6 +171,20 @@ class Router:
         """A server failed or refused, for whatever request; seconds that all of ours leave it alone."""
         return self._servers[url].backoff.failed(now, retry_after_s)
 
+    def full(self, url: str, now: float, retry_after_s: float | None) -> None:
+        """A server has no room for one more tree.
+
+        It gets no more at once than those of ours that it has, so that the end of one is the moment to send
+        another: a wait as long as it says would leave it idle. Where it has none of ours, that is all we can do.
+        """
+        server = self._servers[url]
+        if server.in_flight:
+            server.limit = server.in_flight
+        else:
+            server.backoff.failed(now, retry_after_s)
+
     def answered(self, url: str) -> None:
-        """A server gave a tree: its failures are over."""
-        self._servers[url].backoff.failures = 0
+        """A server gave a tree: its failures are over; room is tried for one more after each round of trees."""
+        server = self._servers[url]
+        server.backoff.failures = 0
+        server.limit += 1 / server.limit
