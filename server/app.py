@@ -1,33 +1,28 @@
 """The HTTP face: routes, and every error as a problem document (RFC 9457)."""
 
-from typing import Any
+from dataclasses import asdict
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request
+from fastapi import Body, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
+from server.answer import without_details
+from server.auth import Scope, TokenTable, granted
+from server.body import BodyLimit, StrictRoute
+from server.guard import Guard
+from server.limits import Limits
+from server.openapi import REQUEST_EXAMPLES, document, refusals
+from server.problems import problem
 from server.service import RolloutService, Status
 from shared.errors import EngineError, RequestError
-from shared.wire import Problem, RolloutTreeRequest, RolloutTreeResponse, field_path
+from shared.wire import RolloutTreeRequest, RolloutTreeResponse, field_path
 
-RETRY_AFTER_S = 1
 LOGPROBS = (
     "log-probability (nats) of each token under the distribution it was sampled from: after temperature, "
     "renormalised where top_p or top_k truncates it; at temperature 0 that of temperature 1"
 )
-TITLES = {
-    400: "Bad request",
-    404: "Not found",
-    405: "Method not allowed",
-    409: "Conflict",
-    413: "Too large",
-    422: "Request cannot be served",
-    503: "Not ready",
-}
-_PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"model": Problem, "description": TITLES[status]} for status in (400, 409, 422, 503)
-}
 
 
 class Holder:
@@ -38,30 +33,28 @@ class Holder:
         self.service: RolloutService | None = None
 
 
-def problem(
-    status: int, detail: str, *, field: str | None = None, request_id: str | None = None
-) -> Response:
-    """A problem document as a response; 503 carries Retry-After."""
-    title = TITLES.get(status, "Error")
-    body = Problem(title=title, status=status, detail=detail, field=field, request_id=request_id)
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if status == 503 else {}
-    return JSONResponse(
-        body.model_dump(exclude_none=True),
-        status_code=status,
-        headers=headers,
-        media_type="application/problem+json",
-    )
+def create_app(
+    holder: Holder, *, tokens: TokenTable | None = None, limits: Limits | None = None
+) -> FastAPI:
+    """The application around one server's holder.
 
-
-def create_app(holder: Holder) -> FastAPI:
-    """The application around one server's holder."""
+    Args:
+        holder: what the routes reach.
+        tokens: that requests must bring; None asks for none.
+        limits: of a request; None for the usual ones.
+    """
+    limits = limits or Limits()
     app = FastAPI(title="Spoke rollout server", version="0.1.0", docs_url="/docs", redoc_url=None)
-    _add_routes(app, holder)
+    app.router.route_class = StrictRoute
+    _add_routes(app, holder, limits)
     _add_error_handlers(app)
+    app.add_middleware(BodyLimit, limits=limits)
+    app.add_middleware(Guard, tokens=tokens)  # the last one added is the first that a request meets
+    app.openapi = lambda: document(app)  # type: ignore[method-assign]  # FastAPI's documented way
     return app
 
 
-def _add_routes(app: FastAPI, holder: Holder) -> None:
+def _add_routes(app: FastAPI, holder: Holder, limits: Limits) -> None:
     status = holder.status
 
     def service() -> RolloutService:
@@ -69,24 +62,29 @@ def _add_routes(app: FastAPI, holder: Holder) -> None:
             raise HTTPException(503, f"this server is {status.state}")
         return holder.service
 
-    @app.post("/rollout_tree", responses=_PROBLEMS)
-    async def rollout_tree(request: RolloutTreeRequest) -> RolloutTreeResponse:
+    @app.post("/rollout_tree", responses=refusals(409, 413, 415, 422, 503))
+    async def rollout_tree(
+        request: Annotated[RolloutTreeRequest, Body(openapi_examples=REQUEST_EXAMPLES)],
+        connection: Request,
+    ) -> RolloutTreeResponse:
         """Sample one tree of continuations, grade its leaves and back their values up."""
-        return await service().rollout_tree(request)
+        limits.check(request)
+        tree = await service().rollout_tree(request)
+        return tree if Scope.ADMIN in granted(connection) else without_details(tree)
 
-    @app.get("/livez", responses={503: _PROBLEMS[503]})
+    @app.get("/livez", responses=refusals(503))
     async def livez() -> dict[str, str]:
         """The process answers, and so does the engine once it is loaded."""
         if holder.service is not None:
             await holder.service.engine.check()
         return {"status": "alive"}
 
-    @app.get("/readyz", responses={503: _PROBLEMS[503]})
+    @app.get("/readyz", responses=refusals(503))
     async def readyz() -> dict[str, Any]:
         """The model is loaded and its weights may be served."""
         return {"status": status.state, "version": service().engine.version}
 
-    @app.get("/info", responses={503: _PROBLEMS[503]})
+    @app.get("/info", responses=refusals(503))
     async def info() -> dict[str, Any]:
         """Model, engine, limits, weight version and logprob convention."""
         if holder.service is None:
@@ -102,7 +100,7 @@ def _add_routes(app: FastAPI, holder: Holder) -> None:
             "device": about.device,
             "vocab_size": about.vocab_size,
             "eos_token_ids": list(about.eos_token_ids),
-            "limits": {"max_model_len": about.max_model_len},
+            "limits": {"max_model_len": about.max_model_len, **asdict(limits)},
             "weights": {"version": engine.version, "digest": status.weights_digest},
             "rewards": holder.service.rewards.names(),
             "logprobs": LOGPROBS,
@@ -115,6 +113,9 @@ def _add_error_handlers(app: FastAPI) -> None:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
             return problem(400, f"the body is not JSON: {first['ctx']['error']}", field="body")
+        if isinstance(error.body, bytes):  # FastAPI reads no other kind
+            detail = "body: send JSON with Content-Type: application/json"
+            return problem(415, detail, field="body")
         field, detail = _describe(first)
         return problem(422, detail, field=field, request_id=_request_id(error.body))
 
@@ -128,7 +129,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
-        return problem(error.status_code, str(error.detail))
+        return problem(error.status_code, str(error.detail), headers=error.headers)
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:

@@ -17,6 +17,7 @@ import uvicorn
 from safetensors import SafetensorError
 
 from server.app import Holder, create_app
+from server.auth import log_auth
 from server.engines import EngineName, choose, open_engine
 from server.engines.base import Engine
 from server.follower import Follower
@@ -48,11 +49,15 @@ async def serve(settings: ServerSettings, listener: socket.socket) -> int:
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    log_auth(settings.auth, settings.host, settings.tokens, settings.tokens_file)
     check_model(settings.engine_settings.model)
     status = Status(server_id=settings.server_id)
     holder = Holder(status)
     config = uvicorn.Config(
-        create_app(holder), log_level="warning", timeout_graceful_shutdown=DRAIN_S, lifespan="off"
+        create_app(holder, tokens=settings.tokens, limits=settings.limits),
+        log_level="warning",
+        timeout_graceful_shutdown=DRAIN_S,
+        lifespan="off",
     )
     server = _Server(config, status)
     listening = asyncio.create_task(server.serve(sockets=[listener]))

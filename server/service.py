@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 from functools import partial
 
-from server.answer import grade, wire_nodes
+from server.answer import grade, unquoted, wire_nodes
 from server.continuations import Continuations
 from server.engines.base import Engine
 from server.idempotency import OnlyOnce
@@ -26,6 +26,9 @@ from shared.wire import (
     Usage,
     WeightVersions,
 )
+
+TOKEN_CHARS = 256
+"""No tokenizer's longest token has more characters."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -70,7 +73,8 @@ class RolloutService:
         arrived = time.monotonic()
         if request.reward is not None:
             reward = request.reward
-            await self.rewards.check(reward.name, reward.reference, reward.options)
+            with unquoted(reward):
+                await self.rewards.check(reward.name, reward.reference, reward.options)
         if request.min_weight_version > self.engine.version:
             raise RequestError(
                 "min_weight_version",
@@ -86,6 +90,18 @@ class RolloutService:
 
     def _prompt(self, request: RolloutTreeRequest) -> tuple[int, ...]:
         """[P] token ids of the prompt, checked against the engine's limits."""
+        texts = {
+            "prompt": request.prompt or "",
+            "messages": "".join(m.content for m in request.messages or ()),
+        }
+        for name, text in texts.items():
+            longest = self.engine.info.max_model_len * TOKEN_CHARS
+            if len(text) > longest:  # before it is tokenised, which takes time
+                raise RequestError(
+                    name,
+                    f"{len(text)} characters cannot fit a context of {self.engine.info.max_model_len} tokens; "
+                    "shorten it",
+                )
         if request.prompt is not None:
             name, ids = "prompt", self.tokens.encode(request.prompt)
         elif request.messages is not None:

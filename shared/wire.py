@@ -12,9 +12,16 @@ from shared.tree import RolloutTree
 
 
 class WireModel(BaseModel):
-    """Base of every model on the wire: frozen, unknown fields refused."""
+    """Base of every model on the wire: frozen, unknown fields and numbers that are none refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+MOST_TOKENS = 2**31 - 1
+"""No count of tokens is larger: engines keep them in 32 bits."""
+LONGEST_STOP = 200
+"""Characters of a stop string or a delimiter."""
+Count = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
 
 
 class TreePlan(WireModel):
@@ -24,8 +31,8 @@ class TreePlan(WireModel):
     branch_factors: list[Annotated[int, Field(ge=1, le=256)]] = Field(
         min_length=1, max_length=16, description="Children of each live node, by depth."
     )
-    segment_tokens: int = Field(
-        ge=1, description="Most tokens of a segment; children at the last depth run to their end."
+    segment_tokens: Count = Field(
+        description="Most tokens of a segment; children at the last depth run to their end."
     )
 
 
@@ -33,7 +40,7 @@ class FixedPartition(WireModel):
     """A boundary at the prompt and after every `tokens` tokens."""
 
     kind: Literal["fixed"] = "fixed"
-    tokens: int = Field(ge=1, description="M, tokens of a segment.")
+    tokens: Count = Field(description="M, tokens of a segment.")
 
 
 class CutpointsPartition(WireModel):
@@ -43,14 +50,14 @@ class CutpointsPartition(WireModel):
     threshold: float = Field(
         default=0.9, gt=0.0, le=1.0, description="rho: a cutpoint's behaviour probability is below."
     )
-    interval: int = Field(default=5, ge=1, description="Cutpoints from one boundary to the next.")
+    interval: Count = Field(default=5, description="Cutpoints from one boundary to the next.")
 
 
 class DelimiterPartition(WireModel):
     """VinePPO's steps: a boundary at the prompt and after each occurrence of a text."""
 
     kind: Literal["delimiter"] = "delimiter"
-    delimiter: str = Field(default="\n", min_length=1)
+    delimiter: str = Field(default="\n", min_length=1, max_length=LONGEST_STOP)
 
 
 class WholePartition(WireModel):
@@ -115,18 +122,18 @@ class Sampling(WireModel):
         default=1.0, ge=0.0, le=2.0, description="0 is greedy; vLLM takes at most 2."
     )
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    top_k: int = Field(default=0, ge=0, description="0 is off.")
-    max_tokens: int = Field(
-        default=1024, ge=1, description="Bound of the response, prompt to leaf."
+    top_k: int = Field(default=0, ge=0, le=MOST_TOKENS, description="0 is off.")
+    max_tokens: Count = Field(default=1024, description="Bound of the response, prompt to leaf.")
+    stop: list[Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]] = Field(
+        default_factory=list, max_length=16
     )
-    stop: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list, max_length=16)
     seed: int | None = Field(default=None, ge=0, lt=2**63)
 
 
 class Reward(WireModel):
     """Which reward function grades the leaves, and against what."""
 
-    name: str = Field(min_length=1)
+    name: str = Field(min_length=1, max_length=200)
     reference: str = ""
     options: dict[str, Any] = Field(
         default_factory=dict,
@@ -137,7 +144,7 @@ class Reward(WireModel):
 class Message(WireModel):
     """One chat message."""
 
-    role: str = Field(min_length=1)
+    role: str = Field(min_length=1, max_length=64)
     content: str
 
 
@@ -147,11 +154,13 @@ class RolloutTreeRequest(WireModel):
     request_id: str | None = Field(default=None, min_length=1, max_length=200)
     prompt: str | None = None
     messages: list[Message] | None = Field(default=None, min_length=1)
-    prompt_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
+    prompt_token_ids: list[Annotated[int, Field(ge=0, le=MOST_TOKENS)]] | None = Field(
+        default=None, min_length=1
+    )
     plan: Plan
     sampling: Sampling = Sampling()
     reward: Reward | None = Field(default=None, description="Without one, leaves carry no reward.")
-    min_weight_version: int = Field(default=0, ge=0)
+    min_weight_version: int = Field(default=0, ge=0, lt=2**63)
     return_text: bool = True
 
     @model_validator(mode="after")
