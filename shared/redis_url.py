@@ -30,13 +30,11 @@ def redacted(url: str) -> str:
         parts = urlsplit(url)
     except ValueError:
         return "redis://…"
-    if "@" in parts.path or "@" in parts.query or "@" in parts.fragment:
+    if "://" not in url or "@" in parts.path + parts.query + parts.fragment:
         return "redis://…"
     kept = [(name, value) for name, value in parse_qsl(parts.query) if name not in _SECRETS]
-    shown = parts._replace(
-        netloc=parts.netloc.rpartition("@")[2], query=urlencode(kept, safe="/:"), fragment=""
-    )
-    return shown.geturl()
+    query = f"?{urlencode(kept, safe='/:')}" if kept else ""
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}{query}"
 
 
 def carries_password(text: str) -> bool:

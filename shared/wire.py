@@ -12,9 +12,9 @@ from shared.tree import RolloutTree
 
 
 class WireModel(BaseModel):
-    """Base of every model on the wire: frozen, unknown fields and numbers that are none refused."""
+    """Base of every model on the wire: frozen; unknown fields, other types and numbers that are none refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 MOST_TOKENS = 2**31 - 1
@@ -148,8 +148,22 @@ class Message(WireModel):
     content: str
 
 
+def _exactly_one(**types: str) -> dict[str, Any]:
+    """JSON schema: one of some properties is there and not null."""
+    return {
+        "oneOf": [
+            {"required": [name], "properties": {name: {"type": kind}}}
+            for name, kind in types.items()
+        ]
+    }
+
+
 class RolloutTreeRequest(WireModel):
     """One prompt, one tree."""
+
+    model_config = ConfigDict(
+        json_schema_extra=_exactly_one(prompt="string", messages="array", prompt_token_ids="array")
+    )
 
     request_id: str | None = Field(default=None, min_length=1, max_length=200)
     prompt: str | None = None
