@@ -88,6 +88,23 @@ def parser() -> argparse.ArgumentParser:
     add("--reward-workers", type=int, default=2, help="processes of each reward function in use")
     add("--reward-memory-gib", type=float, default=2.0, help="address space of each of them")
     add("--reward-timeout", type=float, default=5.0, help="hard limit for one response, seconds")
+    add(
+        "--max-nodes-in-flight",
+        type=int,
+        default=None,
+        help="nodes of all trees that grow at once; beyond it and a short queue: 429 (default: from the engine)",
+    )
+    add("--max-tokens-in-flight", type=int, default=None, help="the same for tokens")
+    add(
+        "--max-tree-nodes", type=int, default=100_000, help="most nodes of one tree; beyond it: 413"
+    )
+    add("--max-tree-tokens", type=int, default=20_000_000, help="the same for tokens")
+    add(
+        "--drain",
+        type=float,
+        default=30.0,
+        help="seconds that trees in flight may take to end after a stop; then they are handed back",
+    )
     return parse
 
 
@@ -141,6 +158,11 @@ def settings(arguments: Sequence[str] | None) -> "ServerSettings":
         reward_workers=args.reward_workers,
         reward_timeout_s=args.reward_timeout,
         reward_memory_gib=args.reward_memory_gib,
+        max_nodes_in_flight=args.max_nodes_in_flight,
+        max_tokens_in_flight=args.max_tokens_in_flight,
+        max_tree_nodes=args.max_tree_nodes,
+        max_tree_tokens=args.max_tree_tokens,
+        drain_s=args.drain,
         **own,
     )
 

@@ -1,24 +1,30 @@
 """The HTTP face: routes, and every error as a problem document (RFC 9457)."""
 
+import asyncio
 from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import Body, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
-from server.answer import without_details
 from server.auth import Scope, TokenTable, granted
 from server.body import BodyLimit, StrictRoute
+from server.connection import ClientGoneError, while_connected
+from server.details import without_details
 from server.guard import Guard
 from server.limits import Limits
+from server.metrics import Metrics
 from server.openapi import REQUEST_EXAMPLES, document, refusals
 from server.problems import problem
 from server.service import RolloutService, Status
-from shared.errors import EngineError, RequestError
+from shared.errors import BusyError, EngineError, RequestError
 from shared.wire import RolloutTreeRequest, RolloutTreeResponse, field_path
 
+LIVE_S = 10.0
+"""Longest wait for the engine's sign of life, seconds."""
 LOGPROBS = (
     "log-probability (nats) of each token under the distribution it was sampled from: after temperature, "
     "renormalised where top_p or top_k truncates it; at temperature 0 that of temperature 1"
@@ -30,7 +36,19 @@ class Holder:
 
     def __init__(self, status: Status) -> None:
         self.status = status
+        self.metrics = Metrics()
         self.service: RolloutService | None = None
+
+    def watch(self, service: RolloutService) -> None:
+        """Read a service's gauges at every scrape, from before it serves."""
+        gate, status, watch = service.gate, self.status, self.metrics.watch
+        watch("trees_in_flight", "Trees that hold a place.", lambda: gate.trees)
+        watch("trees_waiting", "Trees in line for a place.", lambda: gate.waiting)
+        watch("nodes_in_flight", "Nodes of the trees that hold a place.", lambda: gate.nodes)
+        watch("tokens_in_flight", "Their tokens, as expected.", lambda: gate.tokens)
+        watch("requests_in_flight", "Requests being answered.", lambda: status.in_flight)
+        watch("weight_version", "Weight version being sampled.", lambda: service.engine.version)
+        self.metrics.watch_state(lambda: status.state)
 
 
 def create_app(
@@ -59,25 +77,35 @@ def _add_routes(app: FastAPI, holder: Holder, limits: Limits) -> None:
 
     def service() -> RolloutService:
         if holder.service is None or not status.state.serves:
-            raise HTTPException(503, f"this server is {status.state}")
+            raise BusyError(f"this server is {status.state}")
         return holder.service
 
-    @app.post("/rollout_tree", responses=refusals(409, 413, 415, 422, 503))
+    @app.post("/rollout_tree", responses=refusals(409, 413, 415, 422, 429, 503))
     async def rollout_tree(
-        request: Annotated[RolloutTreeRequest, Body(openapi_examples=REQUEST_EXAMPLES)],
-        connection: Request,
+        body: Annotated[RolloutTreeRequest, Body(openapi_examples=REQUEST_EXAMPLES)],
+        request: Request,
     ) -> RolloutTreeResponse:
         """Sample one tree of continuations, grade its leaves and back their values up."""
-        limits.check(request)
-        tree = await service().rollout_tree(request)
-        return tree if Scope.ADMIN in granted(connection) else without_details(tree)
+        limits.check(body)
+        with status.answering():
+            tree = await while_connected(request, service().rollout_tree(body))
+        return tree if Scope.ADMIN in granted(request) else without_details(tree)
 
     @app.get("/livez", responses=refusals(503))
     async def livez() -> dict[str, str]:
         """The process answers, and so does the engine once it is loaded."""
         if holder.service is not None:
-            await holder.service.engine.check()
+            try:
+                async with asyncio.timeout(LIVE_S):
+                    await holder.service.engine.check()
+            except TimeoutError:
+                raise EngineError(f"the engine gave no sign of life in {LIVE_S:.0f} s") from None
         return {"status": "alive"}
+
+    @app.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        """Prometheus metrics."""
+        return Response(holder.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/readyz", responses=refusals(503))
     async def readyz() -> dict[str, Any]:
@@ -88,7 +116,7 @@ def _add_routes(app: FastAPI, holder: Holder, limits: Limits) -> None:
     async def info() -> dict[str, Any]:
         """Model, engine, limits, weight version and logprob convention."""
         if holder.service is None:
-            raise HTTPException(503, f"this server is {status.state}")
+            raise BusyError(f"this server is {status.state}")
         engine = holder.service.engine
         about = engine.info
         return {
@@ -100,7 +128,16 @@ def _add_routes(app: FastAPI, holder: Holder, limits: Limits) -> None:
             "device": about.device,
             "vocab_size": about.vocab_size,
             "eos_token_ids": list(about.eos_token_ids),
-            "limits": {"max_model_len": about.max_model_len, **asdict(limits)},
+            "limits": {
+                **asdict(limits),
+                "max_model_len": about.max_model_len,
+                "max_batch": about.max_batch,
+                "kv_tokens": about.kv_tokens,
+                "nodes_in_flight": holder.service.gate.bound.nodes,
+                "tokens_in_flight": holder.service.gate.bound.tokens,
+                "tree_nodes": holder.service.budget.nodes,
+                "tree_tokens": holder.service.budget.tokens,
+            },
             "weights": {"version": engine.version, "digest": status.weights_digest},
             "rewards": holder.service.rewards.names(),
             "logprobs": LOGPROBS,
@@ -122,6 +159,14 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> Response:
         return problem(error.status, str(error), field=error.field)
+
+    @app.exception_handler(BusyError)
+    async def busy(request: Request, error: BusyError) -> Response:
+        return problem(error.status, str(error), retry_after_s=error.retry_after_s)
+
+    @app.exception_handler(ClientGoneError)
+    async def gone(request: Request, error: ClientGoneError) -> Response:
+        return Response(status_code=499)  # nobody reads it; access logs do
 
     @app.exception_handler(EngineError)
     async def engine_failed(request: Request, error: EngineError) -> Response:

@@ -136,7 +136,10 @@ class _Growing:
     async def _roll_out(self, state: State) -> list[Branch]:
         """The rollouts from one state, each to its own end."""
         completions = await self.continuations.after(
-            state, self.plan.value_rollouts, seed=state_seed(self.continuations.seed, state)
+            state,
+            self.plan.value_rollouts,
+            seed=state_seed(self.continuations.seed, state),
+            priority=-1,  # before responses that have not begun, so that chains end
         )
         return [
             Branch(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from server.branches import cut
+from server.costs import Cost, over_budget
 from server.engines.base import Completion, Engine, GenerateRequest, GenerateResult, News
 from server.tokens import Tokens
 from shared.tree import FinishReason
@@ -18,13 +19,15 @@ from shared.wire import Sampling
 class Counts:
     """Tokens of one tree."""
 
+    continuations: int = 0
+    """Asked for."""
     sampled: int = 0
+    """In continuations that ended."""
     computed_prefill: int = 0
     cached: int = 0
 
     def add(self, result: GenerateResult) -> None:
-        """Count one engine request."""
-        self.sampled += sum(len(c.token_ids) for c in result.completions)
+        """Count the prefill of one engine request."""
         self.computed_prefill += result.computed_prefill_tokens
         self.cached += result.cached_tokens
 
@@ -40,6 +43,7 @@ class Continuations:
         sampling: how tokens are drawn.
         seed: of the whole tree.
         counts: tokens so far.
+        budget: most nodes and tokens of the tree; None for no bound.
     """
 
     engine: Engine
@@ -48,6 +52,7 @@ class Continuations:
     sampling: Sampling
     seed: int
     counts: Counts = field(default_factory=Counts)
+    budget: Cost | None = None
 
     def left(self, response: tuple[int, ...]) -> int:
         """Tokens that the response may still have."""
@@ -61,6 +66,8 @@ class Continuations:
         seed: int,
         limit: int | None = None,
         on_news: Callable[[Sequence[News]], None] | None = None,
+        on_completion: Callable[[int, Completion], None] | None = None,
+        priority: int = 0,
     ) -> list[Completion]:
         """Continuations of a response: one engine request.
 
@@ -70,11 +77,23 @@ class Continuations:
             seed: sample i draws from the stream `seed + i`.
             limit: most tokens of each; None for as many as the response may still have.
             on_news: is told how they grow, before they are trimmed.
+            on_completion: is told of each one when it has ended.
+            priority: of the engine request.
 
         Raises:
-            RequestError: the prompt does not fit the engine.
+            RequestError: the prompt does not fit the engine, or the tree is over its budget.
             EngineError: the engine failed.
         """
+        self.counts.continuations += samples
+        self._keep_to_budget()
+        ended: dict[int, Completion] = {}
+
+        def end(sample: int, completion: Completion) -> None:
+            ended[sample] = self._trimmed(response, completion)
+            self.counts.sampled += len(completion.token_ids)
+            if on_completion is not None:
+                on_completion(sample, ended[sample])
+
         result = await self.engine.generate(
             GenerateRequest(
                 prompt_token_ids=self.prompt + response,
@@ -86,10 +105,23 @@ class Continuations:
                 seed=seed,
                 stop=tuple(self.sampling.stop),
                 on_news=on_news,
+                on_completion=end if on_completion is not None else None,
+                priority=priority,
             )
         )
         self.counts.add(result)
-        return [self._trimmed(response, completion) for completion in result.completions]
+        if on_completion is None:
+            for sample, completion in enumerate(result.completions):
+                end(sample, completion)
+        return [ended[sample] for sample in range(samples)]
+
+    def _keep_to_budget(self) -> None:
+        """Refuse to grow on where the tree has more nodes or tokens than it may; its plan alone could not tell."""
+        budget, counts = self.budget, self.counts
+        if budget is not None and (
+            counts.continuations > budget.nodes or counts.sampled > budget.tokens
+        ):
+            raise over_budget(Cost(nodes=counts.continuations, tokens=counts.sampled), budget)
 
     def _trimmed(self, before: tuple[int, ...], completion: Completion) -> Completion:
         """End a completion with the token that completes a stop string, wherever the string began.

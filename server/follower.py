@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from server.engines.base import Engine, Weights
+from server.metrics import Metrics
 from server.service import Status
 from shared.coordination import RECORD_S, Coordinator
 from shared.errors import CoordinationError, SpokeError, WeightsError
@@ -42,6 +43,7 @@ class Follower:
         engine: takes the weights; its version is the truth.
         url: how trainers reach this server.
         scratch: folder for fetched versions; a RAM disk where there is one.
+        metrics: counts updates.
     """
 
     coordinator: Coordinator
@@ -51,6 +53,7 @@ class Follower:
     engine: Engine
     url: str
     scratch: Path
+    metrics: Metrics
 
     async def catch_up(self) -> None:
         """Take the head's weights before serving anything; wait until that works.
@@ -121,8 +124,10 @@ class Follower:
         except SpokeError as error:
             self.status.last_error = f"version {head.version}: {error}"
             log.warning("%s; version %d stays", self.status.last_error, self.engine.version)
+            self.metrics.updates.labels("failed").inc()
             return False
         else:
+            self.metrics.updates.labels("ok").inc()
             self.status.last_error = None
             return True
         finally:
@@ -148,6 +153,12 @@ class Follower:
             self.status.weights_digest = manifest.weights_digest
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+        for phase, seconds in (
+            ("fetch", fetched - started),
+            ("pause", report.pause_s),
+            ("apply", report.apply_s),
+        ):
+            self.metrics.update_s.labels(phase).observe(seconds)
         log.info(
             "version %d: fetched and verified in %.0f ms, paused %.0f ms, of these applied in %.0f ms",
             head.version,

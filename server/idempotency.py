@@ -2,8 +2,8 @@
 
 import asyncio
 import time
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from shared.errors import RequestError
@@ -11,61 +11,89 @@ from shared.errors import RequestError
 T = TypeVar("T")
 
 
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Entry(Generic[T]):
+    body_digest: str
+    task: asyncio.Task[T]
+    callers: int = 0
+    """That wait for it now."""
+    size: int = 0
+    """Bytes, once it is finished."""
+    finished: float | None = None
+    """On the monotonic clock."""
+
+
+@dataclass(slots=True, kw_only=True)
 class OnlyOnce(Generic[T]):
     """Results by request id, also while the first is still being made.
 
     Args:
+        size: bytes of a result, roughly.
         keep_s: seconds that a finished result is kept.
         keep_most: most results kept; the oldest go first.
+        keep_bytes: most bytes of results kept, likewise.
     """
 
-    def __init__(self, *, keep_s: float = 300.0, keep_most: int = 256) -> None:
-        self._keep_s = keep_s
-        self._keep_most = keep_most
-        self._entries: OrderedDict[str, tuple[float, str, asyncio.Task[T]]] = OrderedDict()
+    size: Callable[[T], int]
+    keep_s: float = 300.0
+    keep_most: int = 256
+    keep_bytes: int = 256 << 20
+    _entries: dict[str, _Entry[T]] = field(default_factory=dict)
 
     async def get(self, request_id: str, body_digest: str, make: Callable[[], Awaitable[T]]) -> T:
         """The result of `make` for this id: made now, being made, or kept.
 
-        A failure is not kept: the same id may be tried again.
+        A failure is not kept: the same id may be tried again. Callers may come and go; when the last one that
+        waits has gone, what it waited for is cancelled.
 
         Raises:
             RequestError: (409) the id came with another body.
         """
-        self._forget_old()
+        self._forget()
         entry = self._entries.get(request_id)
         if entry is None:
-            task = asyncio.ensure_future(_run(make))
-            self._entries[request_id] = (time.monotonic(), body_digest, task)
-            task.add_done_callback(lambda done: self._drop_failure(request_id, done))
-        else:
-            task = entry[2]
-            if entry[1] != body_digest:
-                raise RequestError(
-                    "request_id",
-                    f"{request_id!r} was used with another body; use a new id for a new request",
-                    status=409,
-                )
-        # Shielded: one caller that goes away must not take the tree from another that waits for it.
-        return await asyncio.shield(task)
+            entry = _Entry(body_digest=body_digest, task=asyncio.ensure_future(_run(make)))
+            self._entries[request_id] = entry
+            entry.task.add_done_callback(lambda _: self._finished(request_id, entry))
+        elif entry.body_digest != body_digest:
+            raise RequestError(
+                "request_id",
+                f"{request_id!r} was used with another body; use a new id for a new request",
+                status=409,
+            )
+        entry.callers += 1
+        try:
+            # Shielded: one caller that goes away must not take the tree from another that waits for it.
+            return await asyncio.shield(entry.task)
+        finally:
+            entry.callers -= 1
+            if entry.callers == 0 and not entry.task.done():
+                # Gone from the table at once, so that nobody can join what is being cancelled.
+                self._drop(request_id, entry)
+                entry.task.cancel()
 
-    def _drop_failure(self, request_id: str, task: "asyncio.Task[T]") -> None:
-        entry = self._entries.get(request_id)
-        if (
-            entry is not None
-            and entry[2] is task
-            and (task.cancelled() or task.exception() is not None)
-        ):
+    def _finished(self, request_id: str, entry: _Entry[T]) -> None:
+        if entry.task.cancelled() or entry.task.exception() is not None:
+            self._drop(request_id, entry)
+            return
+        entry.finished, entry.size = time.monotonic(), self.size(entry.task.result())
+        self._forget()
+
+    def _drop(self, request_id: str, entry: _Entry[T]) -> None:
+        if self._entries.get(request_id) is entry:
             del self._entries[request_id]
 
-    def _forget_old(self) -> None:
-        limit = time.monotonic() - self._keep_s
-        done = [
-            key for key, (since, _, task) in self._entries.items() if task.done() and since < limit
-        ]
-        finished = [key for key, (_, _, task) in self._entries.items() if task.done()]
-        overflow = finished[: max(0, len(self._entries) + 1 - self._keep_most)]
-        for key in {*done, *overflow}:
+    def _forget(self) -> None:
+        """Drop the results that are too old, and the oldest of those that are too many."""
+        now = time.monotonic()
+        done = [(key, e) for key, e in self._entries.items() if e.finished is not None]
+        done.sort(key=lambda pair: pair[1].finished or 0.0)
+        many, large = len(done), sum(entry.size for _, entry in done)
+        for key, entry in done:
+            old = now - (entry.finished or now) > self.keep_s
+            if not (old or many > self.keep_most or large > self.keep_bytes):
+                break
+            many, large = many - 1, large - entry.size
             del self._entries[key]
 
 

@@ -1,5 +1,6 @@
 """Errors as problem documents (RFC 9457)."""
 
+import math
 from collections.abc import Mapping
 
 from fastapi.responses import JSONResponse, Response
@@ -20,7 +21,7 @@ TITLES: Mapping[int, str] = {
     413: "Too large",
     415: "Unsupported media type",
     422: "Request cannot be served",
-    429: "Too many requests",
+    429: "Server full",
     500: "Unexpected error",
     503: "Not ready",
 }
@@ -32,12 +33,13 @@ def problem(
     *,
     field: str | None = None,
     request_id: str | None = None,
+    retry_after_s: float = RETRY_AFTER_S,
     headers: Mapping[str, str] | None = None,
 ) -> Response:
-    """A problem document as a response; 503 carries Retry-After."""
+    """A problem document as a response; 429 and 503 carry Retry-After."""
     title = TITLES.get(status, "Error")
     body = Problem(title=title, status=status, detail=detail, field=field, request_id=request_id)
-    retry = {"Retry-After": str(RETRY_AFTER_S)} if status == 503 else {}
+    retry = {"Retry-After": str(math.ceil(retry_after_s))} if status in (429, 503) else {}
     return JSONResponse(
         body.model_dump(exclude_none=True),
         status_code=status,

@@ -1,39 +1,62 @@
 """Prefix branching: one prompt and a plan into a tree of sampled segments.
 
-Each node is one engine request of n = its branch factor; its children are expanded the moment that request is
-done, whatever the rest of the level does. A child's prompt is its parent's prompt plus its parent's tokens.
+Each node is one engine request of n = its branch factor. A child is expanded the moment its own last token is
+there, whatever its siblings do; deeper nodes go first, so that trees end and leave their memory to others. A
+child's prompt is its parent's prompt plus its parent's tokens.
 """
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from server.branches import Branch
 from server.chain import sample_chain
 from server.continuations import Continuations
-from server.seeds import node_seed
+from server.engines.base import Completion
+from server.grading import Grading
+from server.seeds import node_seed, state_seed
 from shared.tree import FinishReason
-from shared.wire import ChainPlan, Plan, TreePlan
+from shared.wire import ChainPlan, GroupPlan, Plan, Savings, TreePlan
+
+Path = tuple[int, ...]
+"""Sibling positions from the prompt down to a node."""
 
 
-async def sample(plan: Plan, continuations: Continuations) -> Branch:
+async def sample(
+    plan: Plan,
+    continuations: Continuations,
+    *,
+    savings: Savings | None = None,
+    grading: Grading | None = None,
+    on_branch: Callable[[Path, Branch], None] | None = None,
+) -> Branch:
     """The root of what a plan asks for, grown to its leaves. Cancelling aborts every engine request.
 
+    Args:
+        plan: of the request.
+        continuations: samples.
+        savings: early decisions; None for none. Not for chains.
+        grading: grades leaves while the tree grows; needed by savings that look at rewards.
+        on_branch: is told of each node when it is finished; of a chain's only when all are.
+
     Raises:
-        RequestError: the prompt does not fit the engine.
+        RequestError: the prompt does not fit the engine, or the tree grew over its budget.
         EngineError: the engine failed.
     """
+    tell = on_branch or _nobody
     try:
-        match plan:
-            case ChainPlan():
-                return await sample_chain(plan, continuations)
-            case TreePlan():
-                factors, segment_tokens = plan.branch_factors, plan.segment_tokens
-            case (
-                _
-            ):  # a group is a tree of depth one, and children at the last depth run to their end
-                factors, segment_tokens = [plan.samples], continuations.sampling.max_tokens
+        if isinstance(plan, ChainPlan):
+            root = await sample_chain(plan, continuations)
+            _tell_all(root, tell)
+            return root
+        growth = _Growth(plan, continuations, savings or Savings(), grading, tell)
+        if growth.savings.probe is not None:
+            probed = await growth.probe(growth.savings.probe)
+            if await growth.agrees(probed):
+                _tell_all(probed, tell)
+                return probed
         root = Branch.prompt()
-        await _Tree(factors, segment_tokens, continuations).expand(root, ())
+        await growth.expand(root, ())
         return root
     except* Exception as group:  # the first cause tells more than a tree of groups
         cause: BaseException = group
@@ -43,41 +66,88 @@ async def sample(plan: Plan, continuations: Continuations) -> Branch:
 
 
 @dataclass(frozen=True, slots=True)
-class _Tree:
+class _Growth:
     """Grows one tree.
 
     Args:
-        branch_factors: children of each live node, by depth.
-        segment_tokens: most tokens of a segment above the last depth.
+        plan: a tree, or a group, which is a tree of depth one.
         continuations: samples.
+        savings: early decisions.
+        grading: grades leaves where savings ask for it.
+        tell: is told of each node when it is finished.
     """
 
-    branch_factors: list[int]
-    segment_tokens: int
+    plan: TreePlan | GroupPlan
     continuations: Continuations
+    savings: Savings
+    grading: Grading | None
+    tell: Callable[[Path, Branch], None]
 
-    async def expand(self, node: Branch, path: tuple[int, ...]) -> None:
-        """Grow all below `node`, to which `path` leads by sibling positions."""
-        limit = self._limit(node, len(path))
-        completions = await self.continuations.after(
-            node.response,
-            self.branch_factors[len(path)],
-            seed=node_seed(self.continuations.seed, path),
-            limit=limit,
-        )
+    @property
+    def factors(self) -> list[int]:
+        """Children of each live node, by depth."""
+        return self.plan.branch_factors if isinstance(self.plan, TreePlan) else [self.plan.samples]
+
+    async def expand(self, node: Branch, path: Path) -> None:
+        """Grow all below `node`, to which `path` leads."""
+        children, limit = self.factors[len(path)], self._limit(node, len(path))
+        budget = self.savings.branch_tokens
+        if budget is not None and self.continuations.counts.sampled >= budget:
+            children, limit = 1, self.continuations.left(node.response)
+        first_round = min(self.savings.settle_after or children, children)
+        await self._children(node, path, 0, first_round, limit)
+        if first_round < children and not await self.agrees(node):
+            await self._children(node, path, first_round, children - first_round, limit)
+
+    async def probe(self, samples: int) -> Branch:
+        """Whole responses from the prompt, by streams that the tree does not use."""
+        root = Branch.prompt()
+        seed = state_seed(self.continuations.seed, ())
+        for completion in await self.continuations.after((), samples, seed=seed):
+            root.children.append(
+                Branch(completion=completion, response=tuple(completion.token_ids))
+            )
+        return root
+
+    async def agrees(self, node: Branch) -> bool:
+        """Do all leaves below a node have one and the same reward?"""
+        assert self.grading is not None, "savings that look at rewards come with a reward"
+        graded = await self.grading.below(node)
+        return not any(g.error for g in graded) and len({g.reward for g in graded}) == 1
+
+    async def _children(self, node: Branch, path: Path, first: int, count: int, limit: int) -> None:
+        """Sample children `first` to `first + count - 1` and grow all below them."""
+        ended: asyncio.Queue[tuple[int, Completion]] = asyncio.Queue()
+        grown: dict[int, Branch] = {}
         async with asyncio.TaskGroup() as group:
-            for position, completion in enumerate(completions):
-                response = (*node.response, *completion.token_ids)
-                child = Branch(completion=completion, response=response)
-                node.children.append(child)
-                if len(path) + 1 < len(self.branch_factors) and self._is_live(child, limit):
-                    group.create_task(self.expand(child, (*path, position)))
+            group.create_task(
+                self.continuations.after(
+                    node.response,
+                    count,
+                    seed=node_seed(self.continuations.seed, path) + first,
+                    limit=limit,
+                    on_completion=lambda sample, done: ended.put_nowait((sample, done)),
+                    priority=-len(path),
+                )
+            )
+            for _ in range(count):
+                sample, completion = await ended.get()
+                child = Branch(
+                    completion=completion, response=(*node.response, *completion.token_ids)
+                )
+                grown[sample] = child
+                below = (*path, first + sample)
+                self.tell(below, child)
+                if len(below) < len(self.factors) and self._is_live(child, limit):
+                    group.create_task(self.expand(child, below))
+        node.children.extend(grown[sample] for sample in range(count))
 
     def _limit(self, node: Branch, depth: int) -> int:
         """Most tokens of each child of `node`: its segment, within what the response may still have."""
         left = self.continuations.left(node.response)
-        at_last_depth = depth == len(self.branch_factors) - 1
-        return left if at_last_depth else min(left, self.segment_tokens)
+        if isinstance(self.plan, GroupPlan) or depth == len(self.factors) - 1:
+            return left
+        return min(left, self.plan.segment_tokens)
 
     def _is_live(self, child: Branch, limit: int) -> bool:
         """May the response go on below this node?"""
@@ -90,3 +160,17 @@ class _Tree:
             and continuations.left(child.response) > 0
             and len(continuations.prompt) + len(child.response) < context
         )
+
+
+def _nobody(path: Path, branch: Branch) -> None:
+    """Told of nodes where nobody asked."""
+
+
+def _tell_all(root: Branch, tell: Callable[[Path, Branch], None]) -> None:
+    """Tell of all nodes below a finished root, parents first."""
+    waiting: list[tuple[Path, Branch]] = [((), root)]
+    while waiting:
+        path, branch = waiting.pop()
+        if path:
+            tell(path, branch)
+        waiting.extend(((*path, at), child) for at, child in enumerate(branch.children))

@@ -1,22 +1,33 @@
 """The rollout service: one engine, its rewards, and the answer to one request.
 
-request -> prompt token ids -> sampler (engine) -> tree of branches -> rewards at the leaves -> values -> answer
+request -> checks -> place in the server -> sampler (engine) -> tree of branches -> rewards -> values -> answer
+
+Every tree that grows is a task of its own, which drains, hands back and cancels by one way: `CancelledError`.
 """
 
+import asyncio
+import contextlib
 import secrets
 import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 
-from server.answer import grade, unquoted, wire_nodes
+from server.admission import Admitted, Gate
+from server.answer import wire_nodes
+from server.branches import Branch
 from server.continuations import Continuations
+from server.costs import Cost, most, over_budget
+from server.details import unquoted
 from server.engines.base import Engine
+from server.grading import Grading
 from server.idempotency import OnlyOnce
+from server.metrics import Metrics
 from server.rewards.pool import RewardPool
-from server.sampler import sample
+from server.sampler import Path, sample
 from server.tokens import Tokens
 from shared.digests import sha256
-from shared.errors import RequestError
+from shared.errors import BusyError, RequestError
 from shared.fleet import ServerState
 from shared.wire import (
     ChainPlan,
@@ -29,6 +40,15 @@ from shared.wire import (
 
 TOKEN_CHARS = 256
 """No tokenizer's longest token has more characters."""
+Tell = Callable[[Path, Branch], None]
+"""Is told of each node when it is finished: its sibling positions from the prompt, and the node."""
+TOKEN_BYTES = 72
+"""Memory of one token of an answer that is kept: its id and logprob as Python objects in lists."""
+NODE_BYTES = 1000
+GRADED_AT_ONCE = 64
+"""Trees whose leaves are graded at once after they have left the engine."""
+HAND_BACK_S = 2
+"""Retry-After of what is handed back: another server may take it at once."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -41,7 +61,37 @@ class Status:
     """Of the weights in the engine; empty for the checkpoint it started from."""
     last_error: str | None = None
     in_flight: int = 0
+    """Requests being answered."""
     sampled_tokens: int = 0
+    _idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        """Count a request while it is being answered."""
+        self.in_flight += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+            if self.in_flight == 0:
+                self._idle.set()
+
+    async def idle(self, bound_s: float) -> bool:
+        """Wait until nothing is being answered; False where that took longer than the bound."""
+        if self.in_flight == 0:
+            return True
+        try:
+            async with asyncio.timeout(bound_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
+
+
+def memory(tree: RolloutTreeResponse) -> int:
+    """Bytes of an answer that is kept, roughly."""
+    return sum(NODE_BYTES + TOKEN_BYTES * len(node.token_ids) for node in tree.nodes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +104,9 @@ class RolloutService:
         rewards: grades responses.
         status: shared with the follower, which changes its state.
         model: name that answers carry.
+        gate: how much is taken on at once.
+        budget: most nodes and tokens of one tree.
+        metrics: counts.
     """
 
     engine: Engine
@@ -61,20 +114,65 @@ class RolloutService:
     rewards: RewardPool
     status: Status
     model: str
-    _once: OnlyOnce[RolloutTreeResponse] = field(default_factory=OnlyOnce)
+    gate: Gate
+    budget: Cost
+    metrics: Metrics
+    _once: OnlyOnce[RolloutTreeResponse] = field(default_factory=lambda: OnlyOnce(size=memory))
+    _growing: set[asyncio.Task[RolloutTreeResponse]] = field(default_factory=set)
+    _graders: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(GRADED_AT_ONCE))
 
-    async def rollout_tree(self, request: RolloutTreeRequest) -> RolloutTreeResponse:
-        """Sample and grade one tree.
+    async def rollout_tree(
+        self, request: RolloutTreeRequest, tell: Tell | None = None
+    ) -> RolloutTreeResponse:
+        """Sample and grade one tree. Cancelling aborts it, unless another caller waits for the same.
+
+        Args:
+            request: what is asked.
+            tell: is told of nodes as they finish; of none where the tree is already being made for another caller.
 
         Raises:
             RequestError: the request cannot be served as it stands.
+            BusyError: not now: the server is full or draining.
             EngineError: the engine failed.
         """
         arrived = time.monotonic()
-        if request.reward is not None:
-            reward = request.reward
-            with unquoted(reward):
-                await self.rewards.check(reward.name, reward.reference, reward.options)
+        with self._outcome():
+            prompt = await self._checked(request)
+            request_id = request.request_id or f"tree-{secrets.token_hex(8)}"
+            make = partial(self._grow, request, prompt, request_id, arrived, tell)
+            if request.request_id is None:
+                return await make()
+            digest = sha256(request.model_dump_json().encode())
+            return await self._once.get(request_id, digest, make)
+
+    def hand_back(self) -> int:
+        """Give up every tree that still grows; their callers are told to ask another server. How many."""
+        growing = [task for task in self._growing if not task.done()]
+        for task in growing:
+            task.cancel()
+        return len(growing)
+
+    @contextlib.contextmanager
+    def _outcome(self) -> Iterator[None]:
+        """Count how a request ends."""
+        outcome = "failed"
+        try:
+            yield
+            outcome = "ok"
+        except RequestError:
+            outcome = "refused"
+            raise
+        except BusyError:
+            outcome = "busy"
+            raise
+        except asyncio.CancelledError:
+            outcome = "cancelled"
+            raise
+        finally:
+            self.metrics.trees.labels(outcome).inc()
+
+    async def _checked(self, request: RolloutTreeRequest) -> tuple[int, ...]:
+        """[P] token ids of the prompt, once nothing speaks against the request."""
         if request.min_weight_version > self.engine.version:
             raise RequestError(
                 "min_weight_version",
@@ -82,26 +180,33 @@ class RolloutService:
                 status=409,
             )
         prompt = self._prompt(request)
-        request_id = request.request_id or f"tree-{secrets.token_hex(8)}"
-        make = partial(self._make, request, prompt, request_id, arrived)
-        if request.request_id is None:
-            return await make()
-        return await self._once.get(request_id, sha256(request.model_dump_json().encode()), make)
+        cost = self._most(request, prompt)
+        if not cost.within(self.budget):
+            raise over_budget(cost, self.budget)
+        if request.reward is not None:
+            reward = request.reward
+            with unquoted(reward):
+                await self.rewards.check(reward.name, reward.reference, reward.options)
+        return prompt
+
+    def _most(self, request: RolloutTreeRequest, prompt: tuple[int, ...]) -> Cost:
+        room = self.engine.info.max_model_len - len(prompt)
+        cost = most(request.plan, min(request.sampling.max_tokens, room))
+        probe = request.savings.probe or 0
+        return Cost(nodes=cost.nodes + probe, tokens=cost.tokens + probe * room)
+
+    def _check_characters(self, request: RolloutTreeRequest) -> None:
+        """Refuse what cannot fit the context before it is tokenised, which takes time."""
+        context = self.engine.info.max_model_len
+        chat = sum(len(message.content) for message in request.messages or ())
+        for name, characters in (("prompt", len(request.prompt or "")), ("messages", chat)):
+            if characters > context * TOKEN_CHARS:
+                detail = f"{characters} characters cannot fit a context of {context} tokens; shorten it"
+                raise RequestError(name, detail)
 
     def _prompt(self, request: RolloutTreeRequest) -> tuple[int, ...]:
         """[P] token ids of the prompt, checked against the engine's limits."""
-        texts = {
-            "prompt": request.prompt or "",
-            "messages": "".join(m.content for m in request.messages or ()),
-        }
-        for name, text in texts.items():
-            longest = self.engine.info.max_model_len * TOKEN_CHARS
-            if len(text) > longest:  # before it is tokenised, which takes time
-                raise RequestError(
-                    name,
-                    f"{len(text)} characters cannot fit a context of {self.engine.info.max_model_len} tokens; "
-                    "shorten it",
-                )
+        self._check_characters(request)
         if request.prompt is not None:
             name, ids = "prompt", self.tokens.encode(request.prompt)
         elif request.messages is not None:
@@ -122,12 +227,42 @@ class RolloutService:
             )
         return tuple(ids)
 
-    async def _make(
+    async def _grow(
         self,
         request: RolloutTreeRequest,
         prompt: tuple[int, ...],
         request_id: str,
         arrived: float,
+        tell: Tell | None,
+    ) -> RolloutTreeResponse:
+        """The tree, in a task of its own, which `hand_back` may end."""
+        task = asyncio.ensure_future(self._made(request, prompt, request_id, arrived, tell))
+        self._growing.add(task)
+        task.add_done_callback(self._growing.discard)
+        try:
+            await asyncio.wait({task})
+        except asyncio.CancelledError:
+            task.cancel()
+            await asyncio.wait({task})
+            raise
+        if task.cancelled():
+            raise BusyError("this server is going; ask another one", retry_after_s=HAND_BACK_S)
+        return task.result()
+
+    @contextlib.asynccontextmanager
+    async def _place(self, most: Cost, arrived: float) -> AsyncIterator[Admitted]:
+        """A place in the server; the time that it took to get one is counted."""
+        async with self.gate.admitted(most) as admitted:
+            self.metrics.queue_s.observe(time.monotonic() - arrived)
+            yield admitted
+
+    async def _made(
+        self,
+        request: RolloutTreeRequest,
+        prompt: tuple[int, ...],
+        request_id: str,
+        arrived: float,
+        tell: Tell | None,
     ) -> RolloutTreeResponse:
         seed = request.sampling.seed
         continuations = Continuations(
@@ -136,19 +271,31 @@ class RolloutService:
             prompt=prompt,
             sampling=request.sampling,
             seed=secrets.randbits(62) if seed is None else seed,
+            budget=self.budget,
         )
-        started = time.monotonic()
-        self.status.in_flight += 1
-        try:
-            root = await sample(request.plan, continuations)
+        grading = Grading(self.tokens, self.rewards, request.reward)
+        async with self._place(self._most(request, prompt), arrived) as admitted:
+            started = time.monotonic()
+            root = await sample(
+                request.plan,
+                continuations,
+                savings=request.savings,
+                grading=grading,
+                on_branch=self._first_node(arrived, tell),
+            )
             sampled = time.monotonic()
-            grades = await grade(root, self.tokens, self.rewards, request.reward)
-            nodes = wire_nodes(root, prompt, grades, self.tokens if request.return_text else None)
+            admitted.sampled = continuations.counts.sampled
+            # Before the place is given up: rewards that cannot keep up hold back what comes next.
+            await self._graders.acquire()
+        try:
+            await grading.below(root)
         finally:
-            self.status.in_flight -= 1
-        counts = continuations.counts
-        self.status.sampled_tokens += counts.sampled
+            self._graders.release()
+        nodes = wire_nodes(
+            root, prompt, grading.grades, self.tokens if request.return_text else None
+        )
         versions = [v for node in nodes for v, _ in node.versions] or [self.engine.version]
+        counts = continuations.counts
         tree = RolloutTreeResponse(
             request_id=request_id,
             nodes=nodes,
@@ -167,6 +314,30 @@ class RolloutService:
                 reward_s=time.monotonic() - sampled,
             ),
         )
+        self._count(tree, arrived)
         if request.reward is None:
             return tree
         return tree.with_values(chain=isinstance(request.plan, ChainPlan))
+
+    def _first_node(self, arrived: float, tell: Tell | None) -> Tell:
+        """Note when the first node is there, and pass all on."""
+        waiting = True
+
+        def told(path: Path, branch: Branch) -> None:
+            nonlocal waiting
+            if waiting:
+                waiting = False
+                self.metrics.first_node_s.observe(time.monotonic() - arrived)
+            if tell is not None:
+                tell(path, branch)
+
+        return told
+
+    def _count(self, tree: RolloutTreeResponse, arrived: float) -> None:
+        usage, metrics = tree.usage, self.metrics
+        self.status.sampled_tokens += usage.sampled_tokens
+        metrics.sampled.inc(usage.sampled_tokens)
+        metrics.prefill.labels("computed").inc(usage.computed_prefill_tokens)
+        metrics.prefill.labels("cached").inc(usage.cached_tokens)
+        metrics.tree_s.observe(time.monotonic() - arrived)
+        metrics.grading_s.observe(tree.timing.reward_s)

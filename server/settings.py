@@ -47,3 +47,13 @@ class ServerSettings:
     """Hard limit for one response."""
     reward_memory_gib: float = 2.0
     """Address space of each of these processes."""
+    max_nodes_in_flight: int | None = None
+    """Nodes of all trees that grow at once; None takes the engine's batch as the measure."""
+    max_tokens_in_flight: int | None = None
+    """Tokens of all trees that grow at once; None takes the engine's memory as the measure."""
+    max_tree_nodes: int = 100_000
+    """Most nodes of one tree."""
+    max_tree_tokens: int = 20_000_000
+    """Most tokens of one tree."""
+    drain_s: float = 30.0
+    """How long trees in flight may take to end after a stop, seconds; then they are handed back."""

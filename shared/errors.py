@@ -3,6 +3,7 @@
 SpokeError
 ├── ConfigError            what the user wrote cannot be used; the commands exit with code 2
 ├── RequestError           a request is malformed; HTTP 400/422 with the field named
+├── BusyError              a server is full, loading, draining or stale; HTTP 429/503 with Retry-After
 ├── TreeError              a tree breaks its own rules (a parent after its child, a leaf without a value)
 ├── EngineError            the engine failed, or is dead
 ├── WeightsError           bytes of a version are missing, damaged or do not fit the model
@@ -34,6 +35,21 @@ class RequestError(SpokeError):
         self.field = field
         self.detail = detail
         self.status = status
+
+
+class BusyError(SpokeError):
+    """A server that cannot take a request now; the same request may be sent again.
+
+    Args:
+        detail: why.
+        status: HTTP status: 429 full, 503 not serving.
+        retry_after_s: when to come back, seconds.
+    """
+
+    def __init__(self, detail: str, *, status: int = 503, retry_after_s: float = 1.0) -> None:
+        super().__init__(detail)
+        self.status = status
+        self.retry_after_s = retry_after_s
 
 
 class TreeError(SpokeError, ValueError):

@@ -130,6 +130,36 @@ class Sampling(WireModel):
     seed: int | None = Field(default=None, ge=0, lt=2**63)
 
 
+class Savings(WireModel):
+    """Early decisions that save tokens, for plans `tree` and `group`; all are off by default."""
+
+    settle_after: int | None = Field(
+        default=None,
+        ge=2,
+        description="Sample so many children of a node first, with all below them; where all their leaves have "
+        "one reward, the node's other children are not sampled: no advantage below it would differ from zero, "
+        "unless those would have disagreed.",
+    )
+    probe: int | None = Field(
+        default=None,
+        ge=2,
+        le=4096,
+        description="Sample so many whole responses first; where all have one reward, they are the whole tree. "
+        "For plan `tree`.",
+    )
+    branch_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="Once the tree has sampled so many tokens, what still grows goes on as one child that runs "
+        "to its end, instead of branching.",
+    )
+
+    @property
+    def look_at_rewards(self) -> bool:
+        """Does any of them need the leaves' rewards?"""
+        return self.settle_after is not None or self.probe is not None
+
+
 class Reward(WireModel):
     """Which reward function grades the leaves, and against what."""
 
@@ -174,6 +204,7 @@ class RolloutTreeRequest(WireModel):
     plan: Plan
     sampling: Sampling = Sampling()
     reward: Reward | None = Field(default=None, description="Without one, leaves carry no reward.")
+    savings: Savings = Savings()
     min_weight_version: int = Field(default=0, ge=0, lt=2**63)
     return_text: bool = True
 
@@ -186,6 +217,18 @@ class RolloutTreeRequest(WireModel):
         ]
         if sum(given) != 1:
             raise ValueError("give exactly one of prompt, messages, prompt_token_ids")
+        return self
+
+    @model_validator(mode="after")
+    def _savings_fit(self) -> Self:
+        if self.savings == Savings():
+            return self
+        if isinstance(self.plan, ChainPlan):
+            raise ValueError("savings are for plans tree and group; leave them out of a chain")
+        if self.savings.probe is not None and isinstance(self.plan, GroupPlan):
+            raise ValueError("savings.probe is for plan tree; a group has savings.settle_after")
+        if self.savings.look_at_rewards and self.reward is None:
+            raise ValueError("savings.settle_after and savings.probe need a reward")
         return self
 
 

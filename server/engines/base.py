@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from shared.errors import EngineError
 from shared.tree import FinishReason
 
 
@@ -28,6 +29,12 @@ class EngineInfo:
     """Most tokens of prompt plus response."""
     eos_token_ids: tuple[int, ...]
     """Tokens that end a response; sampled, scored and returned like any other."""
+    max_batch: int
+    """Most sequences that run at once; the others wait inside the engine."""
+    kv_tokens: int
+    """Tokens whose keys and values fit the engine's memory at once, shared prefixes counted once."""
+    block_tokens: int
+    """Tokens that the cache shares and reuses as one: of a reused prefix, at most so many are computed again."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +69,11 @@ class GenerateRequest:
     on_news: Callable[[Sequence[News]], None] | None = None
     """Called on the event loop every few tokens, in order, and never after the result. The result has all that was
     told of, and what was not: the last tokens, say, or the copies of a greedy sample."""
+    on_completion: Callable[[int, "Completion"], None] | None = None
+    """Called on the event loop with (sample, its completion) as each one ends, while its siblings go on; every
+    sample exactly once, before the result."""
+    priority: int = 0
+    """Where requests wait, lower goes first; equal ones in the order they came."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,6 +161,10 @@ class Engine(Protocol):
         Raises:
             EngineError: it does not.
         """
+        ...
+
+    async def died(self) -> EngineError:
+        """Wait until the engine can never answer again; returns why. For ever, where nothing happens to it."""
         ...
 
     async def close(self) -> None:

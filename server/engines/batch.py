@@ -1,10 +1,11 @@
 """Continuous batching: every step decodes one token of each running row; rows come and go between steps."""
 
 import time
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from heapq import heapify, heappop, heappush
+from itertools import count
 
 import torch
 
@@ -50,7 +51,9 @@ class Batch:
         self.times = Times()
         self._model = model
         self._max_batch = max_batch
-        self._waiting: deque[Sample] = deque()
+        self._waiting: list[tuple[int, int, Sample]] = []
+        """A heap of (priority, order of arrival, sample)."""
+        self._arrivals = count()
         self._rows = Rows(max_batch, max(model.info.max_model_len, 2), model.device)
         self._cache = RowCache(model.shape, 1, 1, model.device)
         self._store = PrefixStore(model.cache_bytes)
@@ -68,11 +71,14 @@ class Batch:
 
     def enqueue(self, job: Job) -> None:
         """Line up all samples of a request."""
-        self._waiting.extend(Sample(job, index) for index in range(job.request.samples))
+        for index in range(job.request.samples):
+            entry = (job.request.priority, next(self._arrivals), Sample(job, index))
+            heappush(self._waiting, entry)
 
     def cancel(self, job: Job) -> None:
         """Forget a request and free its rows."""
-        self._waiting = deque(s for s in self._waiting if s.job is not job)
+        self._waiting = [entry for entry in self._waiting if entry[2].job is not job]
+        heapify(self._waiting)
         rows = self._rows
         rows.drop([row for row in rows.running() if self._at(row).job is job])
         self._changed()
@@ -80,7 +86,8 @@ class Batch:
     def fail(self, error: Exception) -> None:
         """Give every request the error."""
         running = [self._at(row) for row in self._rows.running()]
-        for job in {s.job for s in (*running, *self._waiting)}:
+        waiting = [sample for _, _, sample in self._waiting]
+        for job in {s.job for s in (*running, *waiting)}:
             job.fail(error)
 
     def check(self) -> None:
@@ -176,7 +183,7 @@ class Batch:
         self._changed()
 
     def _admit(self) -> None:
-        """Give rows to waiting samples, first come first served, as far as rows and memory go."""
+        """Give rows to waiting samples, by priority and then in order, as far as rows and memory go."""
         if not self._waiting:
             return
         rows, cache = self._rows, self._cache
@@ -185,13 +192,13 @@ class Batch:
         capacity = 0 if free_to_shrink else cache.capacity
         chosen: list[Sample] = []
         while self._waiting:
-            request = self._waiting[0].job.request
+            request = self._waiting[0][2].job.request
             need = len(request.prompt_token_ids) + request.max_tokens
             grown = max(capacity, self._bucket(need))
             if rows.count + len(chosen) >= self._room(grown):
                 break
             capacity = grown
-            chosen.append(self._waiting.popleft())
+            chosen.append(heappop(self._waiting)[2])
         if not chosen:
             return
         if capacity != cache.capacity:

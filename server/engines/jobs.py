@@ -21,6 +21,10 @@ class Job:
     """By sample index, as they finish."""
     tell: Callable[[Sequence[News]], None] | None = None
     """Hands news of the samples to the caller, from any thread; None where nobody asked for them."""
+    tell_completion: Callable[[int, Completion], None] | None = None
+    """Hands samples to the caller as they end, from any thread; None where nobody asked for them."""
+    broken: bool = False
+    """Did the model give logprobs that are no numbers?"""
     computed_tokens: int = 0
     cached_tokens: int = 0
 
@@ -28,7 +32,7 @@ class Job:
         """Answer with all completions once they are there, unless the caller has gone."""
         if len(self.completions) < self.request.samples:
             return
-        if any(math.isnan(x) for c in self.completions.values() for x in c.logprobs):
+        if self.broken:
             self.fail(EngineError("the model gives no numbers as logits: push sound weights"))
             return
         result = GenerateResult(
@@ -71,12 +75,16 @@ class Sample:
     ) -> None:
         """Hand over what was sampled, the last of it by `version`; the job's last sample answers the request."""
         self.seal(len(self.prompt) + len(tokens), version)
-        self.job.completions[self.index] = Completion(
+        done = Completion(
             token_ids=tokens,
             logprobs=logprobs,
             versions=_merged(self.spans),
             finish_reason=reason,
         )
+        self.job.completions[self.index] = done
+        self.job.broken |= any(map(math.isnan, logprobs))
+        if self.job.tell_completion is not None and not self.job.broken:
+            self.job.tell_completion(self.index, done)
         self.job.finish()
 
 

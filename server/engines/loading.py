@@ -59,6 +59,9 @@ def load(settings: EngineSettings) -> LanguageModel:
                 eos_token_ids=tuple(
                     e for e in _end_tokens(network, settings.model) if e < config.vocab_size
                 ),
+                max_batch=settings.max_batch,
+                kv_tokens=fits,
+                block_tokens=1,
             ),
             shape=shape,
             device=device,

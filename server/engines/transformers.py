@@ -9,7 +9,8 @@ import asyncio
 import contextlib
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TypeVar
+from functools import partial
+from typing import ParamSpec
 
 from server.engines.base import (
     ApplyReport,
@@ -27,7 +28,7 @@ from server.engines.settings import EngineSettings
 from server.engines.worker import Worker
 from shared.errors import EngineError
 
-T = TypeVar("T")
+P = ParamSpec("P")
 
 
 class TransformersEngine:
@@ -63,7 +64,11 @@ class TransformersEngine:
             EngineError: the engine failed, or its weights are broken.
         """
         check_request(request, self._info)
-        job = Job(request, tell=request.on_news and _on_this_loop(request.on_news))
+        job = Job(
+            request,
+            tell=request.on_news and _on_this_loop(request.on_news),
+            tell_completion=request.on_completion and _on_this_loop(request.on_completion),
+        )
         self._worker.submit(job)
         return await asyncio.wrap_future(job.future)
 
@@ -100,19 +105,23 @@ class TransformersEngine:
         """Where the time of all steps so far went."""
         return await asyncio.wrap_future(self._worker.call(lambda batch: replace(batch.times)))
 
+    async def died(self) -> EngineError:
+        """Wait until the thread has ended; see `Engine.died`."""
+        return await asyncio.shield(asyncio.wrap_future(self._worker.ended))
+
     async def close(self) -> None:
         """End the thread and free the model; open requests fail. A second call does nothing."""
         await asyncio.to_thread(self._worker.close)
         self._model = None
 
 
-def _on_this_loop(call: Callable[[T], None]) -> Callable[[T], None]:
+def _on_this_loop(call: Callable[P, None]) -> Callable[P, None]:
     """A function that any thread may call, to the effect that `call` is called on the running event loop."""
     loop = asyncio.get_running_loop()
 
-    def later(argument: T) -> None:
+    def later(*args: P.args, **kwargs: P.kwargs) -> None:
         with contextlib.suppress(RuntimeError):  # the loop is closed: nobody is left to be told
-            loop.call_soon_threadsafe(call, argument)
+            loop.call_soon_threadsafe(partial(call, *args, **kwargs))
 
     return later
 

@@ -18,7 +18,7 @@ from server.engines.base import (
 )
 from server.engines.requests import check_request
 from server.engines.settings import EngineSettings
-from server.engines.vllm_requests import completion, final_output, sampling_params
+from server.engines.vllm_requests import Part, sampling_params
 from server.engines.vllm_start import (
     AsyncLLM,
     VLLMClientError,
@@ -80,33 +80,34 @@ class VllmEngine:
         check_request(request, self._info)
         prompt = tokens_input(list(request.prompt_token_ids), cache_salt=self._salt)
         # vLLM refuses several greedy samples: they would all be the same.
-        greedy = request.temperature == 0.0
-        parts = (
-            [(0, 1), (1, request.samples - 1)] if request.samples > 1 and not greedy else [(0, 1)]
-        )
+        distinct = 1 if request.temperature == 0.0 else request.samples
+        sizes = [(0, 1), (1, distinct - 1)] if distinct > 1 else [(0, 1)]
+        parts = [Part(request, first) for first, _ in sizes]
         self._running += 1
         try:
             with _our_errors():
-                jobs = [
-                    final_output(
+                reads = [
+                    part.read(
                         llm.generate(
                             prompt,
                             sampling_params(request, self._info, first, samples),
                             request_id=uuid4().hex,
-                        ),
-                        request.on_news,
-                        first,
+                            priority=request.priority,
+                        )
                     )
-                    for first, samples in parts
+                    for part, (first, samples) in zip(parts, sizes, strict=True)
                 ]
-                answers = await self._while_alive(asyncio.gather(*jobs))
+                await self._while_alive(asyncio.gather(*reads))
         finally:
             self._running -= 1
-        outputs = [output for answer in answers for output in answer.outputs]
-        reused = sum((answer.num_cached_tokens or 0) * len(answer.outputs) for answer in answers)
+        reused = sum(part.cached_tokens * len(part.completions) for part in parts)
+        completions = {i: done for part in parts for i, done in part.completions.items()}
+        if request.on_completion is not None:
+            for copy in range(distinct, request.samples):
+                request.on_completion(copy, completions[0])
         return GenerateResult(
-            completions=[completion(o) for o in outputs * (request.samples if greedy else 1)],
-            computed_prefill_tokens=len(request.prompt_token_ids) * len(outputs) - reused,
+            completions=[completions[min(i, distinct - 1)] for i in range(request.samples)],
+            computed_prefill_tokens=len(request.prompt_token_ids) * distinct - reused,
             cached_tokens=reused,
         )
 
@@ -143,6 +144,13 @@ class VllmEngine:
                         await self.generate(probe)
         except TimeoutError as error:
             raise EngineError(f"vLLM gave no sign of life in {CHECK_SECONDS:.0f} s") from error
+
+    async def died(self) -> EngineError:
+        """Wait until vLLM's process is gone; see `Engine.died`."""
+        reader = self._llm.output_handler
+        assert reader is not None, "vLLM reads its process from the first moment on this loop"
+        await asyncio.wait({reader})
+        return EngineError("vLLM's process is gone")
 
     async def close(self) -> None:
         """End vLLM's process and its task on this loop. A second call does nothing."""

@@ -1,7 +1,8 @@
 """Requests in vLLM's words, and its answers in ours."""
 
 import math
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from server.engines.base import Completion, EngineInfo, GenerateRequest, News
@@ -11,6 +12,8 @@ from shared.tree import FinishReason
 
 NEWS_TOKENS = 8
 """Tokens from one piece of news of a sample to the next: what a caller waits, against what telling it costs."""
+AT_THE_END = 2**31 - 1
+"""As `stream_interval`: vLLM tells of a sample's first token, and then of all others when it has ended."""
 
 
 def sampling_params(
@@ -31,74 +34,103 @@ def sampling_params(
         detokenize=bool(request.stop),
         logprobs=0,  # that of the sampled token, and no alternatives
         flat_logprobs=True,
-        output_kind=(
-            RequestOutputKind.CUMULATIVE if request.on_news else RequestOutputKind.FINAL_ONLY
-        ),
-        stream_interval=NEWS_TOKENS if request.on_news else None,
+        # In deltas, because vLLM keeps to `stream_interval` in these alone.
+        output_kind=RequestOutputKind.DELTA if _told(request) else RequestOutputKind.FINAL_ONLY,
+        stream_interval=(NEWS_TOKENS if request.on_news else AT_THE_END)
+        if _told(request)
+        else None,
     )
 
 
-async def final_output(
-    stream: AsyncIterator[RequestOutput],
-    on_news: Callable[[Sequence[News]], None] | None,
-    first: int,
-) -> RequestOutput:
-    """The last output of a vLLM request, with all its samples. Cancelling aborts the request.
+def _told(request: GenerateRequest) -> bool:
+    """Does the caller want to hear of samples before all have ended?"""
+    return request.on_news is not None or request.on_completion is not None
+
+
+@dataclass(slots=True)
+class Grown:
+    """One sample, grown from vLLM's deltas."""
+
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: str | None = None
+    weight_versions: Sequence[Any] = ()
+
+    def add(self, delta: Any) -> None:  # noqa: ANN401 - vLLM's CompletionOutput
+        """Add what vLLM has told: all of a sample, or its newest tokens."""
+        self.token_ids.extend(delta.token_ids)
+        self.logprobs.extend(_logprobs(delta))
+        self.finish_reason = delta.finish_reason
+        self.weight_versions = delta.weight_versions or ()
+
+    def completion(self) -> Completion:
+        """The finished sample.
+
+        Raises:
+            EngineError: it was finished by what we do not know, or its logprobs are no numbers.
+        """
+        if self.finish_reason not in set(FinishReason):
+            raise EngineError(f"vLLM finished a request by {self.finish_reason!r}")
+        if not math.isfinite(sum(self.logprobs)):
+            raise EngineError("the model gives logprobs that are not finite: push sound weights")
+        return Completion(
+            token_ids=self.token_ids,
+            logprobs=self.logprobs,
+            versions=[
+                (int(span.version.removeprefix("v")), span.end - span.start)
+                for span in self.weight_versions
+                if span.end > span.start
+            ],
+            finish_reason=FinishReason(self.finish_reason),
+        )
+
+
+@dataclass(slots=True)
+class Part:
+    """One vLLM request: some of the samples of one of ours.
 
     Args:
-        stream: gives the final output alone, or with `on_news` what each sample has so far.
-        on_news: is told how samples grow.
-        first: index of the first sample.
+        request: ours.
+        first: index of its first sample in `request`.
     """
-    final: RequestOutput | None = None
-    samples: dict[int, Any] = {}
-    told: dict[int, int] = {}
-    async for output in stream:  # to the end: a generator that is left half-way aborts its request
-        final = output
-        for sample in output.outputs:
-            samples[sample.index] = sample
-        if on_news is not None:
-            on_news([_news(sample, told, first) for sample in output.outputs])
-    if final is None:
-        raise EngineError("vLLM ended a request without an answer")
-    final.outputs = [samples[index] for index in sorted(samples)]
-    return final
+
+    request: GenerateRequest
+    first: int
+    samples: dict[int, Grown] = field(default_factory=dict)
+    """By vLLM's index."""
+    completions: dict[int, Completion] = field(default_factory=dict)
+    """By index in `request`, as they end."""
+    cached_tokens: int = 0
+    """Prompt tokens that its first sample found in the cache."""
+
+    async def read(self, stream: AsyncIterator[RequestOutput]) -> None:
+        """Read vLLM's answer to its end, and tell of samples on the way. Cancelling aborts the request."""
+        tell_news, tell_completion = self.request.on_news, self.request.on_completion
+        async for (
+            output
+        ) in stream:  # to the end: a generator that is left half-way aborts its request
+            if not self.samples:
+                self.cached_tokens = output.num_cached_tokens or 0
+            for delta in output.outputs:
+                self.samples.setdefault(delta.index, Grown()).add(delta)
+            if tell_news is not None:
+                tell_news([self._news(delta) for delta in output.outputs])
+            for delta in output.outputs:
+                if delta.finish_reason is not None:
+                    sample = self.first + delta.index
+                    self.completions[sample] = self.samples[delta.index].completion()
+                    if tell_completion is not None:
+                        tell_completion(sample, self.completions[sample])
+        if not self.completions:
+            raise EngineError("vLLM ended a request without an answer")
+
+    def _news(self, delta: Any) -> News:  # noqa: ANN401 - vLLM's CompletionOutput
+        return News(
+            sample=self.first + delta.index,
+            token_ids=list(delta.token_ids),
+            logprobs=_logprobs(delta),
+        )
 
 
-def _news(sample: Any, told: dict[int, int], first: int) -> News:  # noqa: ANN401 - vLLM's CompletionOutput
-    """What a sample has grown by; `told`, tokens of each sample that are no news, is brought up to date."""
-    start, end = told.get(sample.index, 0), len(sample.token_ids)
-    told[sample.index] = end
-    return News(
-        sample=first + sample.index,
-        token_ids=list(sample.token_ids[start:]),
-        # vLLM's list goes on growing.
-        logprobs=_logprobs(sample)[start:end],
-    )
-
-
-def _logprobs(sample: Any) -> list[float]:  # noqa: ANN401 - vLLM's CompletionOutput
-    return [] if sample.logprobs is None else list(sample.logprobs.logprobs)
-
-
-def completion(output: Any) -> Completion:  # noqa: ANN401 - vLLM's CompletionOutput
-    """One finished sample.
-
-    Raises:
-        EngineError: it was finished by what we do not know, or its logprobs are no numbers.
-    """
-    if output.finish_reason not in set(FinishReason):
-        raise EngineError(f"vLLM finished a request by {output.finish_reason!r}")
-    logprobs = _logprobs(output)
-    if not math.isfinite(sum(logprobs)):
-        raise EngineError("the model gives logprobs that are not finite: push sound weights")
-    return Completion(
-        token_ids=list(output.token_ids),
-        logprobs=logprobs,
-        versions=[
-            (int(span.version.removeprefix("v")), span.end - span.start)
-            for span in output.weight_versions or ()
-            if span.end > span.start
-        ],
-        finish_reason=FinishReason(output.finish_reason),
-    )
+def _logprobs(output: Any) -> list[float]:  # noqa: ANN401 - vLLM's CompletionOutput
+    return [] if output.logprobs is None else list(output.logprobs.logprobs)

@@ -113,6 +113,7 @@ def _arguments(settings: EngineSettings) -> AsyncEngineArgs:
         "max_model_len": settings.max_model_len,
         "max_num_seqs": settings.max_batch,
         "enable_prefix_caching": True,
+        "scheduling_policy": "priority",
         "logprobs_mode": "processed_logprobs",
         "worker_extension_cls": "server.engines.vllm_worker.WeightLoader",
         "use_tqdm_on_load": False,
@@ -151,4 +152,7 @@ def _info(settings: EngineSettings, config: VllmConfig) -> EngineInfo:
         vocab_size=size,
         max_model_len=model.max_model_len,
         eos_token_ids=tuple(end for end in ends if end is not None and 0 <= end < size),
+        max_batch=config.scheduler_config.max_num_seqs,
+        kv_tokens=(config.cache_config.num_gpu_blocks or 0) * config.cache_config.block_size,
+        block_tokens=config.cache_config.block_size,
     )

@@ -37,6 +37,8 @@ class Worker:
     def __init__(self, settings: EngineSettings) -> None:
         self.ready: Future[LanguageModel] = Future()
         """The model once it is loaded, or why it cannot be."""
+        self.ended: Future[EngineError] = Future()
+        """Why the thread samples no more, once that is so."""
         self._settings = settings
         self._commands: SimpleQueue[Job | _Call | None] = SimpleQueue()
         self._lock = threading.Lock()
@@ -124,6 +126,7 @@ class Worker:
             self._ended = reason
         error = EngineError(reason)
         error.__cause__ = self._cause
+        self.ended.set_result(error)
         if batch is not None:
             batch.fail(error)
         while not self._commands.empty():

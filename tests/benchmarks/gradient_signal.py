@@ -37,10 +37,11 @@ sys.path.insert(0, str(ROOT))  # a program, not a package: it runs from any fold
 
 import torch  # noqa: E402 - after the path
 
-from server.answer import grade, wire_nodes  # noqa: E402
+from server.answer import wire_nodes  # noqa: E402
 from server.continuations import Continuations  # noqa: E402
 from server.engines.settings import EngineSettings  # noqa: E402
 from server.engines.transformers import open_engine  # noqa: E402
+from server.grading import Grading  # noqa: E402
 from server.rewards.gsm8k import gsm8k  # noqa: E402
 from server.sampler import sample  # noqa: E402
 from server.tokens import Tokens  # noqa: E402
@@ -171,8 +172,9 @@ async def sampled(
         )
         root = await sample(plan_of(shape), continuations)
         reward = Reward(name="gsm8k", reference=row["answer"])
-        grades = await grade(root, tokens, rewards, reward)
-        nodes = wire_nodes(root, prompt, grades, None)
+        grading = Grading(tokens, rewards, reward)
+        await grading.below(root)
+        nodes = wire_nodes(root, prompt, grading.grades, None)
         return RolloutTree(request_id=str(number), nodes=nodes), continuations.counts.sampled
 
     trees: list[tuple[RolloutTree, int]] = []

@@ -1,12 +1,13 @@
 """The enumerable policy as an engine, its trees through the real sampler, grading and wire nodes."""
 
+import asyncio
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from server.answer import grade, wire_nodes
+from server.answer import wire_nodes
 from server.continuations import Continuations
 from server.engines.base import (
     ApplyReport,
@@ -17,9 +18,10 @@ from server.engines.base import (
     Weights,
 )
 from server.engines.requests import check_request
+from server.grading import Grading
 from server.rewards.base import Grade
 from server.sampler import sample
-from shared.errors import WeightsError
+from shared.errors import EngineError, WeightsError
 from shared.tree import FinishReason, RolloutTree
 from shared.wire import Plan, Reward, Sampling
 from tests.numerics.enumerable import END, HORIZON, PROMPT, STATES, Table, Vector
@@ -40,6 +42,9 @@ class TableEngine:
             vocab_size=PROMPT + table.questions,
             max_model_len=HORIZON + 3,
             eos_token_ids=(END,),
+            max_batch=1 << 20,
+            kv_tokens=1 << 40,
+            block_tokens=1,
         )
         self._steps = [
             [_Step.of(table.logprobs[question, state]) for state in range(STATES)]
@@ -69,6 +74,9 @@ class TableEngine:
             _sampled(steps, state, request.max_tokens, random.Random(request.seed + i))
             for i in range(request.samples)
         ]
+        if request.on_completion is not None:
+            for i, completion in enumerate(completions):
+                request.on_completion(i, completion)
         return GenerateResult(completions=completions, computed_prefill_tokens=0, cached_tokens=0)
 
     async def load_weights(self, weights: Weights) -> ApplyReport:
@@ -77,6 +85,11 @@ class TableEngine:
 
     async def check(self) -> None:
         """Always well."""
+
+    async def died(self) -> EngineError:
+        """Never."""
+        await asyncio.Event().wait()
+        raise AssertionError("a table does not die")
 
     async def close(self) -> None:
         """Nothing to free."""
@@ -168,8 +181,9 @@ async def sampled(table: Table, plan: Plan, count: int, seed: int) -> list[Sampl
         )
         root = await sample(plan, continuations)
         reward = Reward(name="table", reference=str(question))
-        grades = await grade(root, tokens, rewards, reward)  # type: ignore[arg-type]  # as above
-        nodes = wire_nodes(root, continuations.prompt, grades, None)
+        grading = Grading(tokens, rewards, reward)  # type: ignore[arg-type]  # as above
+        await grading.below(root)
+        nodes = wire_nodes(root, continuations.prompt, grading.grades, None)
         tree = RolloutTree(request_id=str(number), nodes=nodes)
         found.append(Sampled(question=question, tree=tree, tokens=continuations.counts.sampled))
     return found

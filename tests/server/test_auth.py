@@ -22,7 +22,6 @@ from starlette.responses import JSONResponse, PlainTextResponse
 from support import ServerProcess, running_server
 from websockets.exceptions import InvalidStatus
 
-from server.answer import error_kind, without_details
 from server.app import Holder, create_app
 from server.auth import (
     ALL,
@@ -35,6 +34,7 @@ from server.auth import (
     log_auth,
     parse_tokens,
 )
+from server.details import error_kind, without_details
 from server.service import Status
 from shared.errors import ConfigError
 from shared.tree import Node, Role, RolloutTree

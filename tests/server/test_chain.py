@@ -23,9 +23,11 @@ import pytest_asyncio
 import torch
 from safetensors.torch import load_file, save_file
 
+from server.admission import Gate
 from server.branches import Branch, walk
 from server.chain import sample_chain
 from server.continuations import Continuations
+from server.costs import Cost
 from server.engines.base import (
     ApplyReport,
     Engine,
@@ -36,6 +38,7 @@ from server.engines.base import (
 )
 from server.engines.settings import EngineSettings
 from server.engines.transformers import open_engine
+from server.metrics import Metrics
 from server.rewards import RewardPool
 from server.service import RolloutService, Status
 from server.tokens import Tokens
@@ -131,6 +134,9 @@ async def service(engine: Engine, rewards: RewardPool, tokens: Tokens) -> Rollou
         rewards=rewards,
         status=Status(server_id="test"),
         model="tiny",
+        gate=Gate(Cost(nodes=1 << 20, tokens=1 << 30)),
+        budget=Cost(nodes=1 << 20, tokens=1 << 30),
+        metrics=Metrics(),
     )
 
 

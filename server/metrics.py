@@ -1,0 +1,108 @@
+"""Prometheus metrics of one server: counters that the service raises, and gauges that are read when asked for.
+
+Names and units are by Prometheus' conventions: base units, `_total` for counters, one meaning a name.
+"""
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, Metric
+
+from server.rewards.pool import RewardPool
+from shared.fleet import ServerState
+
+SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+"""Bounds of histograms of time."""
+
+
+class Metrics:
+    """What one server counts; see the descriptions of each."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        own = {"namespace": "spoke", "registry": self.registry}
+        self.requests = Counter(
+            "http_requests", "HTTP requests answered.", ["path", "method", "status"], **own
+        )
+        self.trees = Counter(
+            "trees",
+            "Trees by how they ended: ok, refused, busy, failed, cancelled, repeated (answered from memory).",
+            ["outcome"],
+            **own,
+        )
+        self.sampled = Counter("sampled_tokens", "Tokens sampled, of trees that ended well.", **own)
+        self.prefill = Counter(
+            "prefill_tokens",
+            "Prompt tokens of engine requests: computed, or reused from the prefix cache.",
+            ["source"],
+            **own,
+        )
+        self.saved = Counter(
+            "settled_trees", "Trees that an early decision left smaller than their plan.", **own
+        )
+        self.queue_s = Histogram(
+            "tree_queue_seconds", "From arrival to admission.", buckets=SECONDS, **own
+        )
+        self.first_node_s = Histogram(
+            "tree_first_node_seconds", "From arrival to the first node.", buckets=SECONDS, **own
+        )
+        self.tree_s = Histogram(
+            "tree_seconds", "From arrival to the answer.", buckets=SECONDS, **own
+        )
+        self.grading_s = Histogram(
+            "tree_reward_seconds", "Grading after the last token.", buckets=SECONDS, **own
+        )
+        self.updates = Counter("weight_updates", "Weight updates by outcome.", ["outcome"], **own)
+        self.update_s = Histogram(
+            "weight_update_seconds",
+            "Phases of a weight update: fetch (and verify), pause (no token sampled), apply (part of the pause).",
+            ["phase"],
+            buckets=SECONDS,
+            **own,
+        )
+
+    def watch(self, name: str, description: str, read: Callable[[], float]) -> None:
+        """A gauge that is read whenever it is asked for."""
+        gauge = Gauge(name, description, namespace="spoke", registry=self.registry)
+        gauge.set_function(read)
+
+    def watch_state(self, read: Callable[[], ServerState]) -> None:
+        """A gauge for each state, 1 for the one that the server is in."""
+        gauge = Gauge(
+            "state",
+            "1 for the server's state.",
+            ["state"],
+            namespace="spoke",
+            registry=self.registry,
+        )
+        for state in ServerState:
+            gauge.labels(state).set_function(lambda state=state: float(read() is state))
+
+    def watch_rewards(self, rewards: RewardPool) -> None:
+        """Leaves, failures and time of each reward function."""
+        self.registry.register(_Rewards(rewards))
+
+    def text(self) -> bytes:
+        """Everything, in the text format."""
+        return generate_latest(self.registry)
+
+
+class _Rewards:
+    """Reads the pool's own counters."""
+
+    def __init__(self, rewards: RewardPool) -> None:
+        self._rewards = rewards
+
+    def collect(self) -> Iterator[Metric]:
+        """Called by the registry at each scrape."""
+        columns = {
+            "leaves": "Leaves graded.",
+            "failures": "Leaves whose reward function failed: raised, ran out of time or memory, died.",
+            "seconds": "Time of reward functions, as their callers waited for it.",
+            "restarts": "Reward workers that had to be replaced.",
+        }
+        for column, description in columns.items():
+            family = CounterMetricFamily(f"spoke_reward_{column}", description, labels=["reward"])
+            for name, stats in self._rewards.stats().items():
+                family.add_metric([name], float(getattr(stats, column)))
+            yield family
