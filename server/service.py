@@ -201,7 +201,9 @@ class RolloutService:
         chat = sum(len(message.content) for message in request.messages or ())
         for name, characters in (("prompt", len(request.prompt or "")), ("messages", chat)):
             if characters > context * TOKEN_CHARS:
-                detail = f"{characters} characters cannot fit a context of {context} tokens; shorten it"
+                detail = (
+                    f"{characters} characters cannot fit a context of {context} tokens; shorten it"
+                )
                 raise RequestError(name, detail)
 
     def _prompt(self, request: RolloutTreeRequest) -> tuple[int, ...]:

@@ -163,17 +163,27 @@ def test_a_refusal_does_not_quote_the_reference(guarded: ServerProcess) -> None:
         assert refused.status_code == 422
         assert "leaky" in refused.json()["detail"]
         assert REFERENCE not in refused.text
-    builtin = httpx.post(
-        f"{guarded.url}/rollout_tree",
-        headers=bearer(ROLLOUT),
-        json={
-            "prompt": "x",
-            "plan": {"kind": "group", "samples": 1},
-            "reward": {"name": "gsm8k", "reference": "seventeen"},
-        },
+
+
+@pytest.mark.parametrize(
+    ("reward", "field"),
+    [
+        ({"name": "gsm8k", "reference": "seventeen"}, "reward.reference"),
+        ({"name": "math", "reference": r"\boxed{seventeen or"}, "reward.reference"),
+        ({"name": "gsm8k", "reference": ["seventeen"]}, "reward.reference"),
+        ({"name": "gsm8k", "reference": "seventeen", "extra": 1}, "reward.extra"),
+        ({"name": "gsm9k", "reference": "seventeen"}, "reward.name"),
+    ],
+)
+def test_no_refusal_of_ours_quotes_the_reference(
+    guarded: ServerProcess, reward: dict[str, object], field: str
+) -> None:
+    body = {"prompt": "x", "plan": {"kind": "group", "samples": 1}, "reward": reward}
+    answer = httpx.post(
+        f"{guarded.url}/rollout_tree", headers=bearer(BOTH), json=body, timeout=60.0
     )
-    assert (builtin.status_code, builtin.json()["field"]) == (422, "reward.reference")
-    assert "seventeen" not in builtin.text
+    assert (answer.status_code, answer.json()["field"]) == (422, field)
+    assert "seventeen" not in answer.text
 
 
 def test_without_details_keeps_everything_else() -> None:
