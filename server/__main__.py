@@ -1,6 +1,6 @@
 """`python -m server` (also `spoke-server`): parse, check what can be checked at once, then load and serve.
 
-Imports little at the top: `--help` answers at once, and every reward process imports this file again.
+Imports little at the top: `--help` answers at once.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from shared.errors import ConfigError, SpokeError
 from shared.redis_url import VARIABLE, from_command_line
 
 if TYPE_CHECKING:
+    from server.rewards.limits import HttpLimits
     from server.settings import ServerSettings
 
 
@@ -45,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
         default=0.9,
         help="share of a GPU that vLLM may take",
     )
-    add("--seed", type=int, default=0, help="of the engine; requests bring their own")
+    add("--seed", type=int, default=None, help="of the engine; requests may bring their own")
     add("--host", default="127.0.0.1")
     add("--port", type=int, default=8000, help="0 takes a free one")
     add(
@@ -82,8 +83,8 @@ def parser() -> argparse.ArgumentParser:
         "--reward",
         action="append",
         default=[],
-        metavar="NAME=MODULE:FUNCTION",
-        help="a reward of your own",
+        metavar="NAME=MODULE:FUNCTION|URL",
+        help="a reward of your own; the token of a URL is in SPOKE_REWARD_TOKEN_NAME",
     )
     add("--reward-workers", type=int, default=2, help="processes of each reward function in use")
     add("--reward-memory-gib", type=float, default=2.0, help="address space of each of them")
@@ -100,11 +101,20 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--max-tree-tokens", type=int, default=20_000_000, help="the same for tokens")
     add(
+        "--liveness-timeout",
+        type=float,
+        default=30.0,
+        help="seconds that the engine may give no sign of life; then the server ends, to be started again",
+    )
+    add(
         "--drain",
         type=float,
         default=30.0,
         help="seconds that trees in flight may take to end after a stop; then they are handed back",
     )
+    add("--reward-http-timeout", type=float, default=60.0, help="of one batch to a URL, seconds")
+    add("--reward-http-batch", type=int, default=64, help="most responses of one batch to a URL")
+    add("--reward-http-connections", type=int, default=8, help="most batches at once to each URL")
     return parse
 
 
@@ -124,7 +134,7 @@ def settings(arguments: Sequence[str] | None) -> "ServerSettings":
     for text in args.reward:
         name, equals, path = text.partition("=")
         if not (name and equals and ":" in path):
-            raise ConfigError(f"--reward {text}: write NAME=MODULE:FUNCTION")
+            raise ConfigError(f"--reward {text}: write NAME=MODULE:FUNCTION or NAME=URL")
         rewards.append((name, path))
     redis_url = from_command_line(args.redis_url, "--redis-url", os.environ)
     os.environ.pop(VARIABLE, None)  # no child process, such as a reward function's, has it
@@ -163,8 +173,25 @@ def settings(arguments: Sequence[str] | None) -> "ServerSettings":
         max_tree_nodes=args.max_tree_nodes,
         max_tree_tokens=args.max_tree_tokens,
         drain_s=args.drain,
+        liveness_s=args.liveness_timeout,
+        reward_http=_http_limits(args),
         **own,
     )
+
+
+def _http_limits(args: argparse.Namespace) -> "HttpLimits":
+    from server.rewards.limits import HttpLimits
+
+    limits = HttpLimits(
+        timeout_s=args.reward_http_timeout,
+        batch=args.reward_http_batch,
+        connections=args.reward_http_connections,
+    )
+    if min(limits.timeout_s, limits.batch, limits.connections) <= 0:
+        raise ConfigError(
+            "--reward-http-timeout, --reward-http-batch and --reward-http-connections are above 0"
+        )
+    return limits
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from server.branches import Branch, Place, walk
 from server.grading import Graded
 from server.tokens import Tokens
+from shared.stream import NodeLine, node_line
 from shared.tree import Node, Role
 
 
@@ -43,6 +44,19 @@ def wire_nodes(
             texts[branch] = _text(branch, tokens)
         nodes.append(_node(len(nodes), place, grades.get(branch, Graded()), texts.get(branch)))
     return nodes
+
+
+def branch_line(path: Sequence[int], branch: Branch, tokens: Tokens | None) -> NodeLine:
+    """A finished branch as a line of a stream.
+
+    Args:
+        path: sibling positions from the prompt.
+        branch: not the prompt.
+        tokens: decodes; None leaves the text out.
+    """
+    place = Place(branch, None, len(path))
+    text = _text(branch, tokens) if tokens else None
+    return node_line(_node(0, place, Graded(), text), ".".join(map(str, path)))
 
 
 def _node(position: int, place: Place, graded: Graded, text: str | None) -> Node:

@@ -10,21 +10,23 @@ from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
-from server.auth import Scope, TokenTable, granted
+from server.auth import TokenTable
 from server.body import BodyLimit, StrictRoute
 from server.connection import ClientGoneError, while_connected
-from server.details import without_details
+from server.details import for_caller
+from server.engines.base import Engine
 from server.guard import Guard
 from server.limits import Limits
 from server.metrics import Metrics
 from server.openapi import REQUEST_EXAMPLES, document, refusals
 from server.problems import problem
+from server.respond import CONTENT, tree_response
 from server.service import RolloutService, Status
+from server.streaming import node_stream
+from shared.codec import MediaType, choose
 from shared.errors import BusyError, EngineError, RequestError
 from shared.wire import RolloutTreeRequest, RolloutTreeResponse, field_path
 
-LIVE_S = 10.0
-"""Longest wait for the engine's sign of life, seconds."""
 LOGPROBS = (
     "log-probability (nats) of each token under the distribution it was sampled from: after temperature, "
     "renormalised where top_p or top_k truncates it; at temperature 0 that of temperature 1"
@@ -32,16 +34,23 @@ LOGPROBS = (
 
 
 class Holder:
-    """What the routes reach: the status from the start, the service once the model is loaded."""
+    """What the routes reach: the status from the start, the service once the model is loaded.
 
-    def __init__(self, status: Status) -> None:
+    Args:
+        status: of the server.
+        liveness_s: longest wait for the engine's sign of life, seconds.
+    """
+
+    def __init__(self, status: Status, *, liveness_s: float = 30.0) -> None:
         self.status = status
+        self.liveness_s = liveness_s
         self.metrics = Metrics()
         self.service: RolloutService | None = None
 
     def watch(self, service: RolloutService) -> None:
         """Read a service's gauges at every scrape, from before it serves."""
         gate, status, watch = service.gate, self.status, self.metrics.watch
+        self.metrics.watch_rewards(service.rewards)
         watch("trees_in_flight", "Trees that hold a place.", lambda: gate.trees)
         watch("trees_waiting", "Trees in line for a place.", lambda: gate.waiting)
         watch("nodes_in_flight", "Nodes of the trees that hold a place.", lambda: gate.nodes)
@@ -49,6 +58,19 @@ class Holder:
         watch("requests_in_flight", "Requests being answered.", lambda: status.in_flight)
         watch("weight_version", "Weight version being sampled.", lambda: service.engine.version)
         self.metrics.watch_state(lambda: status.state)
+
+
+async def alive(engine: Engine, bound_s: float) -> None:
+    """Ask the engine for a sign of life.
+
+    Raises:
+        EngineError: it gives none within the bound, seconds.
+    """
+    try:
+        async with asyncio.timeout(bound_s):
+            await engine.check()
+    except TimeoutError:
+        raise EngineError(f"the engine gave no sign of life in {bound_s:g} s") from None
 
 
 def create_app(
@@ -80,26 +102,33 @@ def _add_routes(app: FastAPI, holder: Holder, limits: Limits) -> None:
             raise BusyError(f"this server is {status.state}")
         return holder.service
 
-    @app.post("/rollout_tree", responses=refusals(409, 413, 415, 422, 429, 503))
+    answers: dict[int | str, dict[str, Any]] = {
+        200: {"model": RolloutTreeResponse, "content": CONTENT}
+    }
+    refused = refusals(406, 409, 413, 415, 422, 429, 503)
+
+    @app.post("/rollout_tree", response_class=Response, responses=refused | answers)
     async def rollout_tree(
         body: Annotated[RolloutTreeRequest, Body(openapi_examples=REQUEST_EXAMPLES)],
         request: Request,
-    ) -> RolloutTreeResponse:
+    ) -> Response:
         """Sample one tree of continuations, grade its leaves and back their values up."""
         limits.check(body)
+        accept, encoding = (
+            ", ".join(request.headers.getlist(name)) for name in ("accept", "accept-encoding")
+        )
+        media = choose(accept)  # refused before anything is sampled
         with status.answering():
+            if media is MediaType.NDJSON:
+                return await node_stream(request, service(), body)
             tree = await while_connected(request, service().rollout_tree(body))
-        return tree if Scope.ADMIN in granted(request) else without_details(tree)
+            return await tree_response(for_caller(request, tree), media, encoding)
 
     @app.get("/livez", responses=refusals(503))
     async def livez() -> dict[str, str]:
         """The process answers, and so does the engine once it is loaded."""
         if holder.service is not None:
-            try:
-                async with asyncio.timeout(LIVE_S):
-                    await holder.service.engine.check()
-            except TimeoutError:
-                raise EngineError(f"the engine gave no sign of life in {LIVE_S:.0f} s") from None
+            await alive(holder.service.engine, holder.liveness_s)
         return {"status": "alive"}
 
     @app.get("/metrics", response_class=Response)

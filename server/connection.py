@@ -24,19 +24,19 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
         ClientGoneError: the client went away; the work has ended.
     """
     task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_gone(request))
+    away = asyncio.ensure_future(gone(request))
     try:
-        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({task, away}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
             return task.result()
         raise ClientGoneError
     finally:
-        for unfinished in (task, gone):
+        for unfinished in (task, away):
             unfinished.cancel()
-        await asyncio.wait({task, gone})
+        await asyncio.wait({task, away})
 
 
-async def _gone(request: Request) -> None:
+async def gone(request: Request) -> None:
     """Returns when the client has gone away."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

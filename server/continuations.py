@@ -103,6 +103,7 @@ class Continuations:
                 top_p=self.sampling.top_p,
                 top_k=self.sampling.top_k,
                 seed=seed,
+                reproducible=self.sampling.seed is not None,
                 stop=tuple(self.sampling.stop),
                 on_news=on_news,
                 on_completion=end if on_completion is not None else None,

@@ -5,6 +5,9 @@ import re
 from collections.abc import Iterator
 from typing import TypeVar
 
+from starlette.requests import HTTPConnection
+
+from server.auth import Scope, granted
 from server.rewards.registry import BUILT_IN
 from shared.errors import RequestError
 from shared.tree import Node, RolloutTree
@@ -12,14 +15,23 @@ from shared.wire import Reward
 
 T = TypeVar("T", bound=RolloutTree)
 
-_OURS = re.compile(
+_KINDS = re.compile(
     r"the engine aborted this response"
     r"|took longer than its limit of [\d.e+-]+ s"
-    r"|its process died \([\w ]+\)"
+    r"|returned (?:nan|-?inf|[A-Za-z_]\w*), not a finite number"
+    r"|its process (?:died \([\w ]+\)|wrote where only its worker may"
+    r"|closed files that it did not open|cannot be kept running)"
+    r"|left processes running"
+    r"|the reward pool is closed"
+    r"|the reward server (?:took longer than [\d.e+-]+ s|answered \d{3})"
+    r"|[A-Za-z_]\w*(?:Error|Exception|Exit|Interrupt|Warning)(?=:|$)"
 )
-"""Errors that quote nothing of a reward function."""
-_EXCEPTION = re.compile(r"([A-Za-z_][\w.]*)(?::|$)")
-"""`ValueError: …`, as `rewards.worker` describes an exception."""
+"""How errors begin that quote nothing; the last is an exception's name, as `rewards.worker` writes it."""
+
+
+def for_caller(request: HTTPConnection, tree: T) -> T:
+    """The tree as the sender of a request may see it."""
+    return tree if Scope.ADMIN in granted(request) else without_details(tree)
 
 
 def without_details(tree: T) -> T:
@@ -37,17 +49,15 @@ def node_without_details(node: Node) -> Node:
 
 
 def error_kind(error: str) -> str:
-    """A reward error without the text of its exception; what is of no known form is replaced whole.
+    """What kind a reward error is of, without the text behind it; what is of no known kind is replaced whole.
 
     >>> error_kind("ValueError: the answer is 72"), error_kind("took longer than its limit of 5 s")
     ('ValueError', 'took longer than its limit of 5 s')
     >>> error_kind("no JSON behind 72")
     'the reward function failed'
     """
-    if _OURS.fullmatch(error):
-        return error
-    named = _EXCEPTION.match(error)
-    return named[1] if named else "the reward function failed"
+    known = _KINDS.match(error)
+    return known[0] if known else "the reward function failed"
 
 
 @contextlib.contextmanager

@@ -60,12 +60,18 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--reward",
         required=True,
-        metavar="NAME[=MODULE:FUNCTION]",
+        metavar="NAME[=MODULE:FUNCTION|URL]",
         help="a built-in reward, or one of your own",
     )
     add("--reward-workers", type=int, default=2, help="processes (%(default)s)")
     add("--reward-memory-gib", type=float, default=2.0, help="address space of each (%(default)s)")
     add("--reward-timeout", type=float, default=5.0, help="seconds a response (%(default)s)")
+    add(
+        "--reward-http-timeout",
+        type=float,
+        default=60.0,
+        help="seconds a batch to a URL (%(default)s)",
+    )
     return parse
 
 
@@ -111,8 +117,11 @@ def _lines_out() -> Iterator[BinaryIO]:
 
 
 async def _run(args: argparse.Namespace, source: int, stream: BinaryIO) -> Tally:
+    from server.rewards.limits import HttpLimits
     from server.rewards.pool import RewardPool
 
+    if args.reward_http_timeout <= 0:
+        raise ConfigError("--reward-http-timeout is above 0")
     if args.reward_workers < 1 or args.reward_timeout <= 0 or args.reward_memory_gib <= 0:
         raise ConfigError("--reward-workers, --reward-timeout and --reward-memory-gib are above 0")
     name, own, path = args.reward.partition("=")
@@ -121,6 +130,7 @@ async def _run(args: argparse.Namespace, source: int, stream: BinaryIO) -> Tally
         workers=args.reward_workers,
         timeout_s=args.reward_timeout,
         memory_bytes=int(args.reward_memory_gib * 2**30),
+        http=HttpLimits(timeout_s=args.reward_http_timeout),
     )
     try:
         await pool.start([name])

@@ -103,6 +103,6 @@ class _Rewards:
         }
         for column, description in columns.items():
             family = CounterMetricFamily(f"spoke_reward_{column}", description, labels=["reward"])
-            for name, stats in self._rewards.stats().items():
+            for name, stats in self._rewards.stats.items():
                 family.add_metric([name], float(getattr(stats, column)))
             yield family

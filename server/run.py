@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import tempfile
+from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ import uvicorn
 from safetensors import SafetensorError
 
 from server.admission import Gate, capacity
-from server.app import Holder, create_app
+from server.app import Holder, alive, create_app
 from server.auth import log_auth
 from server.costs import Cost
 from server.engines import EngineName, choose, open_engine
@@ -32,7 +33,7 @@ from server.service import RolloutService, Status
 from server.settings import ServerSettings
 from server.tokens import Tokens
 from shared.coordination import RedisCoordinator
-from shared.errors import ConfigError, EngineError, SpokeError
+from shared.errors import ConfigError, SpokeError
 from shared.fleet import ServerState
 from shared.store import FsspecStore
 
@@ -42,9 +43,6 @@ CLOSE_S = 20
 """How long the process may take to end once nothing is in flight, seconds; then it is killed."""
 HAND_BACK_S = 5
 """How long the answers to what was handed back may take to be read, seconds."""
-CHECK_EVERY_S = 10
-CHECK_S = 30
-"""Longest wait for the engine's sign of life before the server gives up, seconds."""
 SCRATCH = "/dev/shm" if Path("/dev/shm").is_dir() else None
 """Where fetched versions lie until they are applied: memory where there is such a folder."""
 
@@ -63,7 +61,7 @@ async def serve(settings: ServerSettings, listener: socket.socket) -> int:
     log_auth(settings.auth, settings.host, settings.tokens, settings.tokens_file)
     check_model(settings.engine_settings.model)
     status = Status(server_id=settings.server_id)
-    holder = Holder(status)
+    holder = Holder(status, liveness_s=settings.liveness_s)
     config = uvicorn.Config(
         create_app(holder, tokens=settings.tokens, limits=settings.limits),
         log_level="warning",
@@ -181,7 +179,7 @@ async def _life(settings: ServerSettings, holder: Holder, url: str, stop: asynci
         holder.service = service
         log.info("%s serves version %d at %s", settings.server_id, engine.version, url)
         try:
-            await _serve_until(stop, engine, follower)
+            await _serve_until(stop, _watch(engine, settings.liveness_s), follower)
         finally:
             holder.status.state = ServerState.DRAINING
             if (
@@ -201,10 +199,12 @@ def _capacity(settings: ServerSettings, engine: Engine) -> Cost:
     )
 
 
-async def _serve_until(stop: asyncio.Event, engine: Engine, follower: Follower | None) -> None:
+async def _serve_until(
+    stop: asyncio.Event, watch: Coroutine[Any, Any, None], follower: Follower | None
+) -> None:
     """Serve until told to stop; raises what a background task dies of."""
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(_watch(engine))]
+        tasks = [group.create_task(watch)]
         if follower is not None:
             tasks += [
                 group.create_task(follower.run()),
@@ -215,18 +215,15 @@ async def _serve_until(stop: asyncio.Event, engine: Engine, follower: Follower |
             task.cancel()
 
 
-async def _watch(engine: Engine) -> None:
-    """Raise when the engine is dead, or gives no sign of life in time."""
+async def _watch(engine: Engine, bound_s: float) -> None:
+    """Raise when the engine is dead, or gives no sign of life within a bound."""
     died = asyncio.ensure_future(engine.died())
     try:
         while not died.done():
-            await asyncio.wait({died}, timeout=CHECK_EVERY_S)
+            await asyncio.wait({died}, timeout=bound_s)
             if not died.done():
-                async with asyncio.timeout(CHECK_S):
-                    await engine.check()
+                await alive(engine, bound_s)
         raise died.result()
-    except TimeoutError:
-        raise EngineError(f"the engine gave no sign of life in {CHECK_S} s") from None
     finally:
         died.cancel()
 
@@ -272,6 +269,7 @@ async def _rewards(settings: ServerSettings, stack: contextlib.AsyncExitStack) -
         workers=settings.reward_workers,
         timeout_s=settings.reward_timeout_s,
         memory_bytes=int(settings.reward_memory_gib * 2**30),
+        http=settings.reward_http,
     )
     stack.push_async_callback(pool.close)
     await pool.start()

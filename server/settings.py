@@ -9,6 +9,7 @@ from pathlib import Path
 from server.auth import AuthMode, TokenTable
 from server.engines.settings import EngineSettings
 from server.limits import Limits
+from server.rewards.limits import HttpLimits
 
 
 def _server_id() -> str:
@@ -40,7 +41,7 @@ class ServerSettings:
     """How trainers reach this server; None is `http://HOST:PORT`."""
     server_id: str = field(default_factory=_server_id)
     rewards: tuple[tuple[str, str], ...] = ()
-    """(name, `module:function`) of the user's own reward functions."""
+    """(name, `module:function` or URL) of the user's own rewards."""
     reward_workers: int = 2
     """Processes of each reward function in use."""
     reward_timeout_s: float = 5.0
@@ -55,5 +56,9 @@ class ServerSettings:
     """Most nodes of one tree."""
     max_tree_tokens: int = 20_000_000
     """Most tokens of one tree."""
+    liveness_s: float = 30.0
+    """Longest wait for the engine's sign of life, seconds; an engine that gives none takes the server down."""
     drain_s: float = 30.0
     """How long trees in flight may take to end after a stop, seconds; then they are handed back."""
+    reward_http: HttpLimits = field(default_factory=HttpLimits)
+    """What each reward of a URL may use."""

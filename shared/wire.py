@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from shared.errors import RequestError
 from shared.tree import RolloutTree
 
 
@@ -277,3 +278,7 @@ class Problem(BaseModel):
     detail: str
     field: str | None = Field(default=None, description="Dotted path of the offending field.")
     request_id: str | None = None
+
+    def as_error(self) -> RequestError:
+        """The same as an exception; its `status` says whether the request is at fault or another try may help."""
+        return RequestError(self.field or "request", self.detail, status=self.status)

@@ -22,7 +22,6 @@ ONLY_IN = {
     },
     "redis": {"shared/coordination.py"},
     "fsspec": {"shared/store.py"},
-    "pebble": {"server/rewards/processes.py"},
 }
 FILES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))
 

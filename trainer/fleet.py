@@ -14,7 +14,7 @@ import httpx
 from pydantic import ValidationError
 
 from shared.coordination import Coordinator
-from shared.errors import FleetError, RequestError
+from shared.errors import FleetError
 from shared.fleet import Head, ServerRecord
 from shared.wire import Problem, RolloutTreeRequest, RolloutTreeResponse
 
@@ -156,7 +156,7 @@ class Fleet:
         stale = problem.status == httpx.codes.CONFLICT and problem.field == "min_weight_version"
         if answer.status_code in _RETRIED or stale:
             return problem.detail, float(answer.headers.get("Retry-After", RETRY_S))
-        raise RequestError(problem.field or "request", problem.detail, status=problem.status)
+        raise problem.as_error()
 
 
 async def wait_for_servers(

@@ -64,6 +64,9 @@ class GenerateRequest:
     """0 is off."""
     seed: int
     """Sample i draws from the stream `seed + i`: callers space the seeds of different requests."""
+    reproducible: bool = True
+    """Whether the same request must give the same tokens again; where not, an engine may leave the streams aside
+    for a common one, which is quicker in vLLM."""
     stop: tuple[str, ...] = ()
     """A hint: an engine may stop early once a stop string is complete; the sampler trims for certain."""
     on_news: Callable[[Sequence[News]], None] | None = None

@@ -17,8 +17,9 @@ class EngineSettings:
     """`auto` is a GPU where there is one; `cpu`; `cuda`."""
     threads: int = 1
     """Torch threads on a CPU. On few shared cores one is the fastest."""
-    seed: int = 0
-    """Of the engine; requests bring their own."""
+    seed: int | None = None
+    """Of the engine, for requests that bring none of their own; None takes a new one at every start, since servers
+    that start alike would sample alike."""
     kv_cache_gib: float = 1.0
     """Memory for keys and values on a CPU, GiB; transformers: half for running rows, half for prefixes."""
     max_batch: int = 256

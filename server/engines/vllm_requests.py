@@ -25,7 +25,8 @@ def sampling_params(
         temperature=request.temperature,
         top_p=request.top_p,
         top_k=request.top_k,
-        seed=request.seed + first,  # vLLM's sample i draws from seed + i, as ours does
+        # vLLM's sample i draws from seed + i, as ours does. Each stream is a generator, and a call in every step.
+        seed=request.seed + first if request.reproducible else None,
         max_tokens=request.max_tokens,
         # The end tokens of `info`, all of them and no others: vLLM would take the tokenizer's alone.
         ignore_eos=True,

@@ -7,6 +7,7 @@ and is not run by this project's tests.
 # ruff: noqa: E402 - torch and vLLM read the environment when they are imported
 
 import os
+import secrets
 import warnings
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def _arguments(settings: EngineSettings) -> AsyncEngineArgs:
     args: dict[str, Any] = {
         "model": settings.model,
         "dtype": settings.dtype,
-        "seed": settings.seed,
+        "seed": secrets.randbits(31) if settings.seed is None else settings.seed,
         "max_model_len": settings.max_model_len,
         "max_num_seqs": settings.max_batch,
         "enable_prefix_caching": True,

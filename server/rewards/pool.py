@@ -1,41 +1,40 @@
-"""Grades the leaves of trees in worker processes, off the event loop.
-
-Leaves go to the processes in batches: a message costs about 0.2 ms of the server's own interpreter (1 ms while
-the event loop is busy), which a short reward would pay many times over. A batch that fails as a whole is graded
-again leaf by leaf, so that only the leaf at fault loses its reward.
-"""
+"""Grades the leaves of trees off the event loop: in worker processes, or by a server of the user's own."""
 
 import asyncio
-import math
+import json
 import sys
+import time
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from server.rewards.base import Grade, Refusal
-from server.rewards.processes import BrokenPoolError, LeafError, Limits, Processes
-from server.rewards.registry import SLOW_TO_LOAD, look_up, reward_targets
-from shared.errors import ConfigError, RequestError
+from server.rewards.base import Grade, Grader, Stats
+from server.rewards.limits import HttpLimits, Limits
+from server.rewards.processes import Processes
+from server.rewards.registry import SLOW_TO_LOAD, is_url, look_up, reward_targets
+from shared.digests import sha256
+from shared.errors import RequestError
 
-BATCH = 32
-"""Most leaves of one message."""
-
-ATTEMPTS = 3
-"""How often a leaf is tried when the processes go away under it."""
+CHECKS = 4096
+"""Questions whose check is remembered."""
 
 
 class RewardPool:
-    """Every reward function that a server offers, each in worker processes of its own.
+    """Every reward that a server offers, each with processes or connections of its own.
 
     Args:
-        own: name -> `package.module:function` of a user's own functions; the built-in ones are always there.
+        own: name -> `package.module:function` or URL of a user's own rewards; the built-in ones are always there.
         workers: processes of each function in use.
-        timeout_s: limit of one leaf. Code that cannot be interrupted is killed up to 0.75 s later, and once more
-            when its batch is graded leaf by leaf.
+        timeout_s: limit of one leaf. Code that cannot be interrupted is killed half a second later.
         memory_bytes: address space of each process; None for no bound.
+        http: what each URL may use.
 
     Raises:
-        ConfigError: a path is malformed, or a name is taken.
+        ConfigError: a path or a URL is malformed, or a name is taken.
     """
+
+    stats: dict[str, Stats]
+    """Counters by name of every reward, to be read at any time."""
 
     def __init__(
         self,
@@ -44,10 +43,14 @@ class RewardPool:
         workers: int = 2,
         timeout_s: float = 5.0,
         memory_bytes: int | None = 2 << 30,
+        http: HttpLimits | None = None,
     ) -> None:
         self._targets = reward_targets(own or {})
         self._limits = Limits(workers=workers, timeout_s=timeout_s, memory_bytes=memory_bytes)
-        self._processes: dict[str, Processes] = {}
+        self._http = http or HttpLimits()
+        self.stats = {name: Stats() for name in sorted(self._targets)}
+        self._graders: dict[str, Grader] = {}
+        self._checked: OrderedDict[str, None] = OrderedDict()
 
     def names(self) -> list[str]:
         """The rewards that a request may name, sorted."""
@@ -57,7 +60,7 @@ class RewardPool:
         """Start processes now rather than at a function's first use.
 
         Args:
-            names: which functions; None for all but those that are slow to load (`math`).
+            names: which rewards; None for all but those that are slow to load (`math`).
 
         Raises:
             ConfigError: a function cannot be loaded; every process has ended then.
@@ -73,11 +76,11 @@ class RewardPool:
     async def check(self, name: str, reference: str, options: Mapping[str, Any]) -> None:
         """Refuse, before anything is sampled, a request that could never be graded.
 
-        Grades an empty response: what else goes wrong with that is no reason to refuse.
+        Grades an empty response; a question that passed is not tried again soon.
 
         Raises:
             RequestError: no reward has that name, `unfinished` is no finite number, or the function refuses the
-                reference or the options.
+                reference or the options. Status 503: the reward's server does not answer.
             ConfigError: the function cannot be loaded.
         """
         unfinished = options.get("unfinished", 0.0)
@@ -85,7 +88,15 @@ class RewardPool:
             raise RequestError(
                 "reward.options.unfinished", f"{unfinished!r} is not a finite number"
             )
-        await self.grade(name, ("",), reference, options)
+        grader = self._for(name)
+        question = _digest(name, reference, options)
+        if question not in self._checked:
+            await grader.start()
+            await grader.check(reference, options)
+        self._checked[question] = None
+        self._checked.move_to_end(question)
+        while len(self._checked) > CHECKS:
+            self._checked.popitem(last=False)
 
     async def grade(
         self, name: str, responses: Sequence[str], reference: str, options: Mapping[str, Any]
@@ -106,64 +117,37 @@ class RewardPool:
             RequestError: as for `check`, which a server calls before it samples.
             ConfigError: the function cannot be loaded.
         """
-        processes = self._for(name)
-        try:
-            await processes.start()
-        except BrokenPoolError as error:  # closed while the tree was being sampled
-            return [Grade(reward=0.0, error=str(error)) for _ in responses]
+        grader, stats = self._for(name), self.stats[name]
+        await grader.start()
         unique = tuple(dict.fromkeys(responses))
-        size = min(BATCH, max(1, math.ceil(len(unique) / self._limits.workers)))
-        batches = [unique[start : start + size] for start in range(0, len(unique), size)]
-        graded = await asyncio.gather(
-            *(_grade_batch(processes, batch, reference, dict(options)) for batch in batches)
-        )
-        grades = dict(zip(unique, (grade for batch in graded for grade in batch), strict=True))
-        return [grades[response] for response in responses]
+        began = time.monotonic()
+        grades = await grader.grade(unique, reference, options)
+        stats.seconds += time.monotonic() - began
+        stats.leaves += len(unique)
+        stats.failures += sum(grade.error is not None for grade in grades)
+        by_response = dict(zip(unique, grades, strict=True))
+        return [by_response[response] for response in responses]
 
     async def close(self) -> None:
         """End every process for good. Leaves that are being graded get reward 0.0 and an error."""
         # Every name, used or not: a closed one cannot be started later.
         await asyncio.gather(*(self._for(name).close() for name in self._targets))
 
-    def _for(self, name: str) -> Processes:
+    def _for(self, name: str) -> Grader:
         target = look_up(self._targets, name)
-        return self._processes.setdefault(name, Processes(target, self._limits))
+        if name not in self._graders:
+            self._graders[name] = self._open(name, target)
+        return self._graders[name]
+
+    def _open(self, name: str, target: str) -> Grader:
+        if not is_url(target):
+            return Processes(target, self._limits, self.stats[name])
+        from server.rewards.http import (
+            Remote,
+        )  # worker processes import this file, and need no httpx
+
+        return Remote(name, target, self._http, self.stats[name])
 
 
-async def _grade_batch(
-    processes: Processes, batch: tuple[str, ...], reference: str, options: dict[str, Any]
-) -> list[Grade]:
-    grades: list[Grade] = []
-    while rest := batch[len(grades) :]:
-        try:
-            grades += _accept(await processes.grade(rest, reference, options))
-        except LeafError as error:
-            if len(rest) == 1:
-                return [*grades, Grade(reward=0.0, error=str(error))]
-            break
-        except BrokenPoolError:
-            break
-    alone = (_grade_alone(processes, leaf, reference, options) for leaf in batch[len(grades) :])
-    return [*grades, *await asyncio.gather(*alone)]
-
-
-async def _grade_alone(
-    processes: Processes, response: str, reference: str, options: dict[str, Any]
-) -> Grade:
-    reason = ""
-    for _ in range(ATTEMPTS):
-        try:
-            await processes.start()
-            (grade,) = _accept(await processes.grade((response,), reference, options))
-            return grade
-        except LeafError as error:
-            return Grade(reward=0.0, error=str(error))
-        except (BrokenPoolError, ConfigError) as error:
-            reason = str(error)
-    return Grade(reward=0.0, error=reason)
-
-
-def _accept(outcome: list[Grade] | Refusal) -> list[Grade]:
-    if isinstance(outcome, Refusal):
-        raise RequestError(outcome.field, outcome.detail)
-    return outcome
+def _digest(*question: object) -> str:
+    return sha256(json.dumps(question, sort_keys=True, default=repr).encode())

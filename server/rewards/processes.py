@@ -1,201 +1,163 @@
-"""The worker processes of one reward function: started, replaced when broken, ended.
+"""The worker processes of one reward function: leaves shared out among them, and those replaced that a leaf cost.
 
-They are spawned, not forked, because the server holds threads (torch, vLLM, uvicorn); so each one imports the
-server's `__main__` again, which must import lazily. A worker that dies or is killed is replaced by pebble; a pool
-that pebble gives up on is replaced here.
+Leaves go out in batches: a message costs about as much of the server's own interpreter as grading several leaves.
+What a process died of is the first leaf without a grade; every other keeps or gets its reward.
 """
 
 import asyncio
 import contextlib
-import multiprocessing
-import signal
-import threading
-import time
-from collections.abc import Callable
-from concurrent.futures import Future, InvalidStateError
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
-from typing import Any, ParamSpec, TypeVar
+import math
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from pebble import ProcessExpired, ProcessPool
-
-from server.rewards import worker
-from server.rewards.base import Grade, Refusal
+from server.rewards.base import Grade, Stats, failed
+from server.rewards.limits import Limits
+from server.rewards.process import GoneError, Process
 from shared.errors import ConfigError
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
-START_LIMIT_S = 120.0
-"""How long loading a function may take, in seconds: sympy takes three on a free core, far more on a busy one."""
+BATCH = 32
+"""Most leaves of one message."""
 
-GRACE_S = 0.5
-"""How long after its alarm a leaf may go on before its process is killed, in seconds."""
+ATTEMPTS = 3
+"""How often a leaf is tried when processes go away before they took it up, or cannot be started."""
 
-
-class LeafError(Exception):
-    """A task that brought its process down, or would not end; the message is for `reward_error`."""
+CLOSED = "the reward pool is closed"
 
 
-class BrokenPoolError(Exception):
-    """The processes went away under a task that may be blameless; it may be tried again."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What a reward function may use."""
-
-    workers: int
-    """Processes of each function."""
-    timeout_s: float
-    """Seconds of one leaf."""
-    memory_bytes: int | None
-    """Address space of a process; None for no bound."""
-
-
-@dataclass(slots=True, kw_only=True)
-class _Generation:
-    """One pebble pool, and the tasks that it owes an answer."""
-
-    pool: ProcessPool
-    tasks: set[Future[Any]] = field(default_factory=set)
-    retired: bool = False
+@dataclass(slots=True, eq=False)
+class _Slot:
+    process: Process | None = None
 
 
 class Processes:
-    """Worker processes that hold one reward function."""
+    """Worker processes that hold one reward function; a `Grader`.
 
-    def __init__(self, target: str, limits: Limits) -> None:
+    Args:
+        target: `package.module:function`.
+        limits: of each process.
+        stats: where replaced processes are counted.
+    """
+
+    def __init__(self, target: str, limits: Limits, stats: Stats) -> None:
         self._target = target
         self._limits = limits
-        self._generation: _Generation | None = None
-        self._changing = threading.Lock()
+        self._stats = stats
+        self._slots = [_Slot() for _ in range(limits.workers)]
+        self._idle: asyncio.LifoQueue[_Slot] = asyncio.LifoQueue()
+        for slot in self._slots:
+            self._idle.put_nowait(slot)
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._starting = asyncio.Lock()
+        self._started = False
         self._closed = False
 
     async def start(self) -> None:
-        """Start what does not run, and wait until every process has loaded the function.
+        """Start every process and wait until each has loaded the function; once.
 
         Raises:
-            ConfigError: the function cannot be loaded.
-            BrokenPoolError: `close` was called.
+            ConfigError: the function cannot be loaded; no process is left then.
         """
-        generation = self._generation
-        if generation is None or not generation.pool.active:
-            await asyncio.to_thread(self._start)
+        async with self._starting:
+            if self._started or self._closed:
+                return
+            begun = (self._start(slot) for slot in self._slots)
+            for outcome in await asyncio.gather(*begun, return_exceptions=True):
+                if outcome is not None:
+                    await self._end_all()
+                    raise outcome
+            self._started = True
+
+    async def check(self, reference: str, options: Mapping[str, Any]) -> None:
+        """Grade an empty response: what else goes wrong with that is no reason to refuse.
+
+        Raises:
+            RequestError: the function refuses the reference or the options.
+        """
+        await self.grade(("",), reference, options)
 
     async def grade(
-        self, responses: tuple[str, ...], reference: str, options: dict[str, Any]
-    ) -> list[Grade] | Refusal:
-        """Grade the first leaves of a batch, as `worker.grade_batch` does, under a hard limit.
+        self, responses: Sequence[str], reference: str, options: Mapping[str, Any]
+    ) -> list[Grade]:
+        """Grade responses to one question.
 
         Raises:
-            LeafError: one of the leaves killed its process or did not end in time.
-            BrokenPoolError: the processes went away; call `start` and try again.
+            RequestError: the function refuses the reference or the options.
         """
-        limit = self._limits.timeout_s
-        return await self._run(
-            limit + worker.TURN_S + GRACE_S,
-            worker.grade_batch,
-            responses,
-            reference,
-            options,
-            limit,
+        size = min(BATCH, max(1, math.ceil(len(responses) / self._limits.workers)))
+        batches = [tuple(responses[at : at + size]) for at in range(0, len(responses), size)]
+        graded = await asyncio.gather(
+            *(self._batch(batch, reference, dict(options)) for batch in batches)
         )
+        return [grade for batch in graded for grade in batch]
 
     async def close(self) -> None:
-        """End every process; tasks that run fail with BrokenPoolError."""
-        await asyncio.to_thread(self._close)
+        """End every process; leaves that are being graded get an error."""
+        self._closed = True
+        await self._end_all()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._end_all()  # one that was being started meanwhile
 
-    def _start(self) -> None:
-        with self._changing:
-            if self._closed:
-                raise BrokenPoolError("the reward pool is closed")
-            if self._generation is not None and not self._generation.pool.active:
-                _retire(self._generation)
-                self._generation = None
-            if self._generation is None:
-                self._generation = _launch(self._target, self._limits)
+    async def _batch(
+        self, batch: tuple[str, ...], reference: str, options: dict[str, Any]
+    ) -> list[Grade]:
+        grades: list[Grade] = []
+        while len(grades) < len(batch):
+            turn = self._spawn(self._turn(batch[len(grades) :], reference, options))
+            # Shielded: a client that goes away must not cost a process, and a turn is short anyway.
+            grades += await asyncio.shield(turn)
+        return grades
 
-    def _close(self) -> None:
-        with self._changing:
-            self._closed = True
-            if self._generation is not None:
-                _retire(self._generation)
-                self._generation = None
-
-    async def _run(
-        self, hard_limit_s: float, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs
-    ) -> T:
-        generation = self._generation
-        if generation is None:
-            raise BrokenPoolError("the reward processes are not running")
+    async def _turn(
+        self, rest: tuple[str, ...], reference: str, options: dict[str, Any]
+    ) -> list[Grade]:
+        """Grades of the first leaves of `rest`, at least one."""
+        slot = await self._idle.get()
+        reason = ""
         try:
-            task = generation.pool.schedule(call, args, kwargs, timeout=hard_limit_s)
-        except RuntimeError as error:  # pebble's word for a pool that is stopped or broken
-            raise BrokenPoolError(str(error)) from error
-        generation.tasks.add(task)
-        task.add_done_callback(generation.tasks.discard)
-        if generation.retired:  # between the two lines above
-            _fail(task)
-        try:
-            # Shielded: a client that goes away must not cost a process, and the task is short anyway.
-            return await asyncio.shield(asyncio.wrap_future(task))
-        except TimeoutError as error:
-            raise LeafError(worker.too_slow(self._limits.timeout_s)) from error
-        except ProcessExpired as error:
-            raise LeafError(f"its process died ({_cause_of_death(error.exitcode)})") from error
-        except BrokenProcessPool as error:
-            raise BrokenPoolError(str(error)) from error
+            for _ in range(ATTEMPTS):
+                try:
+                    process = await self._running(slot)
+                    grades = await process.grade(rest, reference, options)
+                except (GoneError, ConfigError) as error:
+                    grades, reason = [], str(error)
+                if self._closed:
+                    return [failed(CLOSED)]
+                if grades:
+                    return grades
+            return [failed(reason or "its process cannot be kept running")]
+        finally:
+            self._spawn(self._release(slot))
 
+    async def _release(self, slot: _Slot) -> None:
+        """Hand a slot on when it has a process again, so that no leaf waits for a start while others are free."""
+        with contextlib.suppress(ConfigError):  # whoever takes the slot tries again, and says so
+            await self._running(slot)
+        self._idle.put_nowait(slot)
 
-def _launch(target: str, limits: Limits) -> _Generation:
-    """Start processes and wait until each has loaded the function."""
-    context = multiprocessing.get_context("spawn")
-    loaded = context.Semaphore(0)
-    pool = ProcessPool(
-        max_workers=limits.workers,
-        initializer=worker.initialize,
-        initargs=(target, limits.memory_bytes, loaded),
-        context=context,
-    )
-    give_up = time.monotonic() + START_LIMIT_S
-    waiting, error = limits.workers, None
-    while waiting and error is None:
-        if not pool.active:  # asking also starts a new pool
-            error = "its process dies while loading it"
-        elif time.monotonic() > give_up:
-            error = f"loading it takes longer than {START_LIMIT_S:g} s"
-        elif loaded.acquire(timeout=0.1):
-            waiting -= 1
-    error = error or pool.schedule(worker.load_error).result(timeout=START_LIMIT_S)
-    generation = _Generation(pool=pool)
-    if error is not None:
-        _retire(generation)
-        raise ConfigError(f"reward function {target} cannot be used: {error}")
-    return generation
+    async def _running(self, slot: _Slot) -> Process:
+        if slot.process is None or not slot.process.alive:
+            await self._start(slot)
+        assert slot.process is not None, "just started"
+        return slot.process
 
+    async def _start(self, slot: _Slot) -> None:
+        if self._closed:
+            raise ConfigError(CLOSED)
+        if slot.process is not None:
+            await slot.process.end()
+            slot.process = None
+            self._stats.restarts += 1
+        slot.process = await Process.start(self._target, self._limits)
 
-def _retire(generation: _Generation) -> None:
-    """Stop the pool and answer for it: pebble leaves the tasks of a stopped pool without a result."""
-    stop: Callable[[], None] = generation.pool.stop  # pebble leaves it without a return type
-    stop()
-    generation.pool.join()
-    generation.retired = True
-    for task in list(generation.tasks):
-        _fail(task)
+    async def _end_all(self) -> None:
+        processes = [slot.process for slot in self._slots if slot.process is not None]
+        await asyncio.gather(*(process.end() for process in processes))
 
-
-def _fail(task: Future[Any]) -> None:
-    with contextlib.suppress(InvalidStateError):  # it has its answer
-        task.set_exception(BrokenProcessPool("the reward processes were stopped"))
-
-
-def _cause_of_death(exitcode: int) -> str:
-    """What a negative or positive exit code says.
-
-    >>> _cause_of_death(-9), _cause_of_death(3)
-    ('SIGKILL', 'exit code 3')
-    """
-    if exitcode < 0:
-        return signal.Signals(-exitcode).name
-    return f"exit code {exitcode}"
+    def _spawn(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task

@@ -140,14 +140,21 @@ def test_websockets_are_refused_whoever_asks(guarded: ServerProcess) -> None:
         assert refused.value.response.status_code == 403
 
 
-def tree(server: ServerProcess, token: str, **options: object) -> httpx.Response:
+def tree(
+    server: ServerProcess, token: str, accept: str = "*/*", **options: object
+) -> httpx.Response:
     body = {
         "prompt": "Ana has 12 apples. She buys 5 more. How many apples does Ana have now?\n",
         "plan": {"kind": "group", "samples": 2},
         "sampling": {"temperature": 0.0, "max_tokens": 100},
         "reward": {"name": "leaky", "reference": REFERENCE, "options": options},
     }
-    return httpx.post(f"{server.url}/rollout_tree", json=body, headers=bearer(token), timeout=60.0)
+    return httpx.post(
+        f"{server.url}/rollout_tree",
+        json=body,
+        headers=bearer(token) | {"Accept": accept},
+        timeout=60.0,
+    )
 
 
 def test_what_a_reward_function_says_is_for_admin(guarded: ServerProcess) -> None:
@@ -155,6 +162,15 @@ def test_what_a_reward_function_says_is_for_admin(guarded: ServerProcess) -> Non
     errors = [[n["reward_error"] for n in a.json()["nodes"][1:]] for a in (plain, admin)]
     assert errors == [["ValueError"] * 2, [f"ValueError: expected {REFERENCE}"] * 2]
     assert REFERENCE not in plain.text
+
+
+def test_streams_and_packed_answers_keep_it_too(guarded: ServerProcess) -> None:
+    for media in ("application/x-ndjson", "application/msgpack"):
+        plain, admin = (tree(guarded, token, accept=media) for token in (ROLLOUT, BOTH))
+        assert plain.headers["content-type"].startswith(media)
+        assert REFERENCE.encode() not in plain.content
+        assert b"ValueError" in plain.content
+        assert f"ValueError: expected {REFERENCE}".encode() in admin.content
 
 
 def test_a_refusal_does_not_quote_the_reference(guarded: ServerProcess) -> None:
@@ -202,10 +218,14 @@ def test_without_details_keeps_everything_else() -> None:
         ("its process died (SIGKILL)", "its process died (SIGKILL)"),
         ("the engine aborted this response", "the engine aborted this response"),
         ("took longer than its limit of 0.5 s", "took longer than its limit of 0.5 s"),
-        ("my_rewards.Wrong: 72", "my_rewards.Wrong"),
+        ("returned str, not a finite number", "returned str, not a finite number"),
+        ("the reward server answered 422: not 72", "the reward server answered 422"),
+        ("the reward server gave 72, not a finite number", "the reward function failed"),
+        ("seventeen: expected", "the reward function failed"),
+        ("JSONDecodeError: not 72", "JSONDecodeError"),
         ("SystemExit: ", "SystemExit"),
         ("the answer is 72", "the reward function failed"),
-        ("took longer than its limit of 5 s, the answer is 72", "the reward function failed"),
+        ("took longer than its limit of 5 s, not 72", "took longer than its limit of 5 s"),
     ],
 )
 def test_only_known_forms_of_reward_errors_pass(error: str, kind: str) -> None:

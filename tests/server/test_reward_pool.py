@@ -1,11 +1,12 @@
 """The pool with real processes: whatever a reward function does costs its own leaf, never the tree."""
 
 import asyncio
-import multiprocessing
+import contextlib
 import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import pytest_asyncio
@@ -18,10 +19,14 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 LIMIT_S = 0.5
 
 OWN_MODULE = '''
-import os, signal, sys, time
+import ctypes, hashlib, os, signal, subprocess, sys, time
 from shared.errors import RequestError
 
-HEAVY = ("torch", "vllm", "fastapi", "transformers", "uvicorn", "redis", "sympy")
+HEAVY = ("torch", "vllm", "fastapi", "transformers", "uvicorn", "redis", "sympy", "httpx")
+KEPT = []
+
+class Mute(Exception):
+    def __str__(self): raise KeyError("no text")
 
 def fault(response, reference, options):
     """Does what the response says; anything else is right."""
@@ -43,6 +48,51 @@ def fault(response, reference, options):
                 try: time.sleep(3600)
                 except BaseException: pass
         case ["memory"]: return float(len(bytearray(3 << 30)))
+        case ["segfault"]: ctypes.string_at(0)
+        case ["stopped"]: os.kill(os.getpid(), signal.SIGSTOP)
+        case ["derive"]: hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)
+        case ["close"]: os.closerange(3, 256)
+        case ["scribble"]:
+            for descriptor in range(3, 64):
+                try: os.write(descriptor, bytes([255]) * 64)
+                except OSError: pass
+        case ["print"]: print("reward: 0.5" * 1000, flush=True)
+        case ["long"]: raise ValueError("x" * 50_000_000)
+        case ["mute"]: raise Mute
+        case ["surrogate"]: raise ValueError(chr(0xD83D))
+        case ["child", log]:
+            with open(log, "w") as file: file.write(str(subprocess.Popen(["sleep", "3600"]).pid))
+        case ["forks"]:
+            for _ in range(3): os.fork()
+            time.sleep(3600)
+        case ["comes_back", log]:
+            if os.fork() == 0:
+                with open(log, "w") as file: file.write(str(os.getpid()))
+                raise ValueError("in the child")
+            os.wait()
+        case ["daemon", log]:
+            if os.fork() == 0:
+                os.setsid()
+                with open(log, "w") as file: file.write(str(os.getpid()))
+                time.sleep(3600)
+            while not os.path.exists(log) or not open(log).read(): pass
+            os._exit(5)
+        case ["hang", log]:
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
+            with open(log, "w") as file: file.write(str(os.getpid()))
+            while True: pass
+        case ["many"]:
+            small = []
+            while True: small.append([None] * 64)
+        case ["greedy", _]:
+            small = []
+            while True:
+                try: small.append(bytearray(1 << 16))
+                except MemoryError: time.sleep(0.01)
+        case ["keep"]:
+            try:
+                while True: KEPT.append(bytearray(1 << 20))
+            except MemoryError: pass
         case ["return", what]: return eval(what)
         case ["pause", _]: time.sleep(0.1)
         case ["heavy"]: return float(sum(name in sys.modules for name in HEAVY))
@@ -80,7 +130,30 @@ async def pool(own_modules):
 
 def workers() -> set[int]:
     """Processes of every pool of this test session."""
-    return {child.pid for child in multiprocessing.active_children()}
+    found = set()
+    for children in Path("/proc/self/task").glob("*/children"):
+        for pid in children.read_text().split():
+            with contextlib.suppress(OSError):
+                if b"server.rewards.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    found.add(int(pid))
+    return found
+
+
+def members(groups: set[int]) -> set[int]:
+    """Processes that run in the process groups of these workers."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, group = stat.read_text().rpartition(")")[2].split()[:3]
+            if int(group) in groups and state not in "ZX":
+                found.add(int(stat.parent.name))
+    return found
+
+
+async def until(condition, timeout_s: float = 10.0) -> None:
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.01)
 
 
 GOOD = Grade(reward=1.0)
@@ -100,6 +173,10 @@ GOOD = Grade(reward=1.0)
         ("return '1.0'", "returned str, not a finite number"),
         ("return 1j", "returned complex, not a finite number"),
         ("return 10**400", "OverflowError: "),
+        ("return type('x'*10**6,(),{})()", "returned xxx"),
+        ("long", "ValueError: xxx"),
+        ("mute", "Mute"),
+        ("surrogate", "ValueError: ?"),
     ],
 )
 async def test_a_failing_leaf_says_why_and_its_process_lives_on(pool, response, error):
@@ -112,25 +189,99 @@ async def test_a_failing_leaf_says_why_and_its_process_lives_on(pool, response, 
     assert before <= workers()
 
 
+LEFT = "left processes running; it has to wait for those that it starts"
+SLOW = "took longer than its limit of 0.5 s"
+
+
 @pytest.mark.parametrize(
     ("response", "error"),
     [
+        ("exit 0", "its process died (exit code 0)"),
         ("exit 3", "its process died (exit code 3)"),
         ("killed", "its process died (SIGKILL)"),
+        ("segfault", "its process died (SIGSEGV)"),
+        ("close", "its process died (exit code 1)"),
+        ("scribble", "its process wrote where only its worker may"),
+        ("stubborn", SLOW),
+        ("swallow", SLOW),
+        ("derive", SLOW),
+        ("stopped", SLOW),
+        ("forks", SLOW),
+        ("child {log}", LEFT),
+        ("daemon {log}", "its process died (exit code 5)"),
     ],
 )
-async def test_a_leaf_that_takes_its_process_down_costs_no_other_leaf(pool, response, error):
-    grades = await pool.grade("fault", ["a", "b", response, "c", "d"], "", {})
-    assert grades == [GOOD, GOOD, Grade(reward=0.0, error=error), GOOD, GOOD]
-    assert await pool.grade("fault", ["later"], "", {}) == [GOOD]
+async def test_a_leaf_that_costs_its_process_costs_one_and_no_other_leaf(
+    pool, response, error, tmp_path
+):
+    """While another tree is graded, which waits for none of it."""
+    log = tmp_path / "pid"
+    groups, restarts = workers(), pool.stats["fault"].restarts
+    response = response.format(log=log)
+    bad = asyncio.create_task(pool.grade("fault", ["a", "b", response, "c", "d"], "", {}))
+    worst = 0.0
+    while not bad.done():
+        before = time.monotonic()
+        assert await pool.grade("fault", ["x", "y"], "", {}) == [GOOD, GOOD]
+        worst = max(worst, time.monotonic() - before)
+    first, second, failed, *others = bad.result()
+    assert [first, second, *others] == [GOOD] * 4
+    assert failed == Grade(reward=0.0, error=failed.error)
+    assert failed.error.startswith(error)
+    assert worst < 2 * LIMIT_S
+    assert await pool.grade("fault", [f"later {n}" for n in range(8)], "", {}) == [GOOD] * 8
+    await until(lambda: pool.stats["fault"].restarts == restarts + 1)
+    await until(lambda: len(workers()) == len(groups))
+    assert len(workers() & groups) == len(groups) - 1
+    await until(lambda: not members(groups - workers()))
+    if response.startswith("daemon"):  # in a session of its own: out of reach, and in nobody's way
+        os.kill(int(log.read_text()), signal.SIGKILL)
 
 
-async def test_what_no_alarm_can_stop_is_killed(pool):
-    """A blocked alarm, a swallowed one, and a process that leaves as if its work was done."""
-    leaves = ["a", "stubborn", "b", "swallow", "exit 0", "c"]
-    grades = await pool.grade("fault", leaves, "", {})
-    slow = Grade(reward=0.0, error="took longer than its limit of 0.5 s")
-    assert grades == [GOOD, slow, GOOD, slow, slow, GOOD]
+async def test_a_fork_that_comes_back_from_the_function_ends_there(pool, tmp_path):
+    log = tmp_path / "pid"
+    assert await pool.grade("fault", ["a", f"comes_back {log}", "b"], "", {}) == [GOOD] * 3
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(log.read_text()), 0)
+
+
+async def test_what_a_function_prints_is_no_answer(pool):
+    assert await pool.grade("fault", ["print", "a"], "", {}) == [GOOD, GOOD]
+
+
+async def test_memory_that_one_leaf_keeps_is_no_other_leafs_fault(own_modules):
+    """Many small objects, a loop that swallows MemoryError, and memory that stays full behind an honest reward."""
+    pool = RewardPool(
+        {"fault": "my_rewards:fault"}, workers=1, timeout_s=3.0, memory_bytes=200 << 20
+    )
+    try:
+        grades = await pool.grade("fault", ["a", "many", "b", "keep", "c", "greedy 1", "d"], "", {})
+        good = [grades[at] for at in (0, 2, 3, 4, 6)]
+        assert good == [GOOD] * 5
+        assert grades[1].error.startswith("MemoryError")
+        assert grades[5] == Grade(reward=0.0, error="took longer than its limit of 3 s")
+        assert await pool.grade("fault", ["memory", "a"], "", {}) == [
+            Grade(reward=0.0, error="MemoryError: "),
+            GOOD,
+        ]
+    finally:
+        await pool.close()
+
+
+async def test_many_bad_leaves_of_several_trees_at_once(pool):
+    """Each is named for what it did, wherever it stood in its batch."""
+    stats = pool.stats["fault"]
+    before = (stats.leaves, stats.failures, stats.restarts)
+    trees = [[f"a {n}", "exit 3", f"b {n}", "killed", "raise", f"c {n}"] for n in range(4)]
+    graded = await asyncio.gather(*(pool.grade("fault", tree, "", {}) for tree in trees))
+    for grades in graded:
+        assert [grade.error and grade.error[:28] for grade in grades] == [
+            None, "its process died (exit code ", None, "its process died (SIGKILL)",
+            "ValueError: on purpose xxxxx", None,
+        ]  # fmt: skip
+    await until(lambda: stats.restarts == before[2] + 8)
+    assert (stats.leaves, stats.failures) == (before[0] + 24, before[1] + 12)
+    assert stats.seconds > 0
 
 
 @pytest.mark.parametrize(("what", "reward"), [("True", 1.0), ("-2", -2.0), ("Fraction(1,4)", 0.25)])
@@ -199,6 +350,21 @@ async def test_a_function_may_refuse_the_request(pool):
     assert (refused.value.field, refused.value.detail) == ("reward.reference", "not this one")
 
 
+async def test_a_question_that_passed_its_check_is_not_checked_again(own_modules, tmp_path):
+    pool = RewardPool({"logged": "my_rewards:logged", "fault": "my_rewards:fault"}, workers=1)
+    options = {"log": str(tmp_path / "log")}
+    try:
+        for reference in ("1", "1", "2", "1"):
+            await pool.check("logged", reference, options)
+        for _ in range(2):
+            with pytest.raises(RequestError, match="not this one"):
+                await pool.check("fault", "refused", {})
+    finally:
+        await pool.close()
+    assert (tmp_path / "log").read_text() == "\n" * 2
+    assert pool.stats["logged"].leaves == 0
+
+
 async def test_check_refuses_what_could_never_be_graded(own_modules):
     pool = RewardPool(workers=1)
     try:
@@ -245,6 +411,32 @@ async def test_a_function_that_cannot_be_loaded_stops_the_start(own_modules, tar
         await pool.start(["broken"])
     assert message in str(refused.value)
     assert workers() <= before
+
+
+SERVER_THAT_DIES = """
+import asyncio, os, signal, sys
+from server.rewards import RewardPool
+
+async def main():
+    pool = RewardPool({"fault": "my_rewards:fault"}, workers=1, timeout_s=60.0)
+    await pool.start(["fault"])
+    running = asyncio.create_task(pool.grade("fault", ["hang " + sys.argv[1]], "", {}))
+    while not (os.path.exists(sys.argv[1]) and open(sys.argv[1]).read()):
+        await asyncio.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+asyncio.run(main())
+"""
+
+
+async def test_a_worker_that_hangs_ends_with_its_server(own_modules, tmp_path):
+    log = tmp_path / "pid"
+    path = os.pathsep.join([str(own_modules), str(Path(__file__).parents[2])])
+    server = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", SERVER_THAT_DIES, str(log)), env=os.environ | {"PYTHONPATH": path}
+    )
+    assert await server.wait() == -signal.SIGKILL
+    await until(lambda: not members({int(log.read_text())}))
 
 
 async def test_close_ends_every_process_and_answers_for_what_runs(own_modules):

@@ -1,0 +1,202 @@
+"""Rewards by a server of the user's own: leaves out in batches, numbers back. docs/rewards.md has the protocol.
+
+Whatever that server does costs the leaves of one batch, and is said in their `reward_error`.
+"""
+
+import asyncio
+import json
+import math
+import random
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import httpx
+
+from server.rewards.base import Grade, Stats, failed
+from server.rewards.http_answers import (
+    Answers,
+    BatchError,
+    PassingError,
+    RejectedError,
+    token_of,
+)
+from server.rewards.limits import HttpLimits
+from shared.errors import RequestError
+
+CONNECT_S = 5.0
+"""How long connecting may take, in seconds."""
+FIRST_PAUSE_S = 0.25
+"""Before the second attempt, in seconds; doubled before each later one, or what Retry-After asks."""
+CLOSED = "the reward pool is closed"
+
+
+class Remote:
+    """A reward server; a `Grader`.
+
+    Args:
+        name: of the reward.
+        url: where batches are posted.
+        limits: of each batch.
+        stats: where retries are counted.
+
+    Raises:
+        ConfigError: the token in the environment cannot be a header.
+    """
+
+    def __init__(self, name: str, url: str, limits: HttpLimits, stats: Stats) -> None:
+        self._name, self._url, self._limits, self._stats = name, url, limits, stats
+        self._token = token_of(name)
+        self._answers = Answers(name, self._token)
+        self._client: httpx.AsyncClient | None = None
+        self._free = asyncio.Semaphore(limits.connections)
+        self._tasks: set[asyncio.Task[list[Grade]]] = set()
+        self._closed = False
+
+    async def start(self) -> None:
+        """Make the client; connects to nobody."""
+        if self._client is None and not self._closed:
+            headers = {"Accept": "application/json", "Accept-Encoding": "identity"}
+            if self._token is not None:
+                headers["Authorization"] = f"Bearer {self._token}"
+            self._client = httpx.AsyncClient(
+                headers=headers,
+                timeout=httpx.Timeout(self._limits.timeout_s, connect=CONNECT_S),
+                limits=httpx.Limits(max_connections=self._limits.connections),
+                follow_redirects=False,  # a token goes where it was meant to go
+            )
+
+    async def check(self, reference: str, options: Mapping[str, Any]) -> None:
+        """Send an empty response: what the server says about that one alone is no reason to refuse.
+
+        Raises:
+            RequestError: the server refuses the reference or the options; or, with status 503, no batch could be
+                graded now.
+        """
+        try:
+            await self._post(("",), reference, options)
+        except RejectedError:
+            return
+        except BatchError as error:
+            raise RequestError(
+                "reward.name",
+                f"{self._name} cannot grade now: {error}; try again later",
+                status=503,
+            ) from None
+
+    async def grade(
+        self, responses: Sequence[str], reference: str, options: Mapping[str, Any]
+    ) -> list[Grade]:
+        """Grade responses to one question.
+
+        Raises:
+            RequestError: the server refuses the reference or the options.
+        """
+        size = self._limits.batch
+        batches = [responses[at : at + size] for at in range(0, len(responses), size)]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(self._batch(b, reference, options)) for b in batches]
+                for task in tasks:
+                    self._tasks.add(task)
+                    task.add_done_callback(self._tasks.discard)
+        except ExceptionGroup as refusals:
+            raise refusals.exceptions[0] from None
+        return [grade for task in tasks for grade in task.result()]
+
+    async def close(self) -> None:
+        """Hang up; leaves that are being graded get an error."""
+        self._closed = True
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+        if self._client is not None:
+            await self._client.aclose()
+
+    async def _batch(
+        self, responses: Sequence[str], reference: str, options: Mapping[str, Any]
+    ) -> list[Grade]:
+        try:
+            return await self._post(responses, reference, options)
+        except BatchError as error:
+            return [failed(str(error))] * len(responses)
+        except asyncio.CancelledError:
+            if not self._closed:
+                raise
+            return [failed(CLOSED)] * len(responses)
+
+    async def _post(
+        self, responses: Sequence[str], reference: str, options: Mapping[str, Any]
+    ) -> list[Grade]:
+        """Send one batch until there is an answer, or no patience."""
+        body = _question(self._name, responses, reference, options)
+        give_up = math.inf
+        for attempt in range(1, self._limits.attempts + 1):
+            try:
+                async with self._free:
+                    give_up = min(give_up, time.monotonic() + self._limits.retry_s)
+                    return self._answers.grades(await self._attempt(body), len(responses))
+            except PassingError as error:
+                pause = _pause(attempt, error.retry_after_s)
+                if attempt == self._limits.attempts or time.monotonic() + pause > give_up:
+                    tried = f" ({attempt} attempts)" if attempt > 1 else ""
+                    raise BatchError(f"{error}{tried}") from None
+            self._stats.retries += 1
+            await asyncio.sleep(pause)
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _attempt(self, body: bytes) -> bytes:
+        """Body of a 200."""
+        if self._client is None or self._closed:
+            raise BatchError(CLOSED)
+        limit = self._limits.timeout_s
+        headers = {"Content-Type": "application/json"}
+        try:
+            async with (
+                asyncio.timeout(limit),
+                self._client.stream("POST", self._url, content=body, headers=headers) as answer,
+            ):
+                self._answers.accept_status(answer.status_code, answer.headers.get("Retry-After"))
+                said = await self._read(answer)
+                if answer.status_code != 200:
+                    raise self._answers.rejection(answer.status_code, said)
+                return said
+        except (TimeoutError, httpx.ReadTimeout):
+            raise BatchError(f"the reward server took longer than {limit:g} s") from None
+        except httpx.TransportError as error:
+            why = f"the reward server cannot be reached: {type(error).__name__}"
+            raise PassingError(why) from None
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
+            raise BatchError(f"the reward server: {type(error).__name__}") from None
+
+    async def _read(self, answer: httpx.Response) -> bytes:
+        parts, size = [], 0
+        async for part in answer.aiter_raw():  # nothing that unpacks to gigabytes
+            size += len(part)
+            if size > self._limits.answer_bytes:
+                longest = self._limits.answer_bytes
+                raise BatchError(f"the reward server answered more than {longest} bytes")
+            parts.append(part)
+        return b"".join(parts)
+
+
+def _question(
+    name: str, responses: Sequence[str], reference: str, options: Mapping[str, Any]
+) -> bytes:
+    question = {
+        "reward": name,
+        "reference": reference,
+        "options": dict(options),
+        "responses": list(responses),
+    }
+    try:
+        return json.dumps(question, allow_nan=False).encode()
+    except ValueError:
+        raise RequestError("reward.options", "NaN and infinities cannot be sent as JSON") from None
+
+
+def _pause(attempt: int, asked: float | None) -> float:
+    """Seconds before the next attempt; spread, so that the batches of a tree do not come back as one."""
+    pause: float = FIRST_PAUSE_S * 2 ** (attempt - 1) * random.uniform(0.75, 1.25)
+    return pause if asked is None else max(asked, pause)

@@ -1,0 +1,116 @@
+"""A tree as `application/x-ndjson`: each node's line as it finishes, then the tree's (`shared/stream.py`).
+
+Whatever is refused is refused before the first line, by a status of its own; what fails later ends the stream with
+an error's line. A reader that is slow holds up nobody: its lines wait, at most a tree of them.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+
+from server.answer import branch_line
+from server.branches import Branch
+from server.connection import ClientGoneError, gone
+from server.details import for_caller
+from server.sampler import Path
+from server.service import RolloutService
+from shared.codec import MediaType
+from shared.errors import BusyError, RequestError, SpokeError
+from shared.stream import ErrorLine, dump, node_keys, node_line, tree_line
+from shared.wire import Problem, RolloutTreeRequest, RolloutTreeResponse
+
+
+async def node_stream(
+    request: Request, service: RolloutService, body: RolloutTreeRequest
+) -> Response:
+    """The answer to a request for a stream, once its first node is there.
+
+    Raises:
+        RequestError, BusyError, EngineError: as for `RolloutService.rollout_tree`, before the first node.
+        ClientGoneError: the client went away before it.
+    """
+    lines: asyncio.Queue[str] = asyncio.Queue()
+    sent: set[str] = set()
+    tokens = service.tokens if body.return_text else None
+
+    def tell(path: Path, branch: Branch) -> None:
+        line = branch_line(path, branch, tokens)
+        sent.add(line.key)
+        lines.put_nowait(dump(line))
+
+    async def whole() -> RolloutTreeResponse:
+        return for_caller(request, await service.rollout_tree(body, tell))
+
+    tree = asyncio.ensure_future(whole())
+    first = asyncio.ensure_future(lines.get())
+    away = asyncio.ensure_future(gone(request))
+    try:
+        await asyncio.wait({tree, first, away}, return_when=asyncio.FIRST_COMPLETED)
+        if tree.done():
+            tree.result()  # what was refused is raised here
+        elif not first.done():
+            raise ClientGoneError
+    except BaseException:
+        tree.cancel()
+        await asyncio.wait({tree})
+        raise
+    finally:
+        away.cancel()
+        if not first.done():
+            first.cancel()
+    begun = first.result() if first.done() and not first.cancelled() else ""
+    return StreamingResponse(
+        _lines(service, tree, begun, lines, sent),
+        media_type=MediaType.NDJSON,
+        headers={"Vary": "Accept"},
+    )
+
+
+async def _lines(
+    service: RolloutService,
+    tree: "asyncio.Future[RolloutTreeResponse]",
+    begun: str,
+    lines: asyncio.Queue[str],
+    sent: set[str],
+) -> AsyncIterator[str]:
+    """The lines; closing this gives the tree up."""
+    with service.status.answering():
+        try:
+            if begun:
+                yield begun
+            waiting = asyncio.ensure_future(lines.get())
+            while not tree.done():
+                await asyncio.wait({tree, waiting}, return_when=asyncio.FIRST_COMPLETED)
+                if waiting.done():
+                    yield waiting.result()
+                    waiting = asyncio.ensure_future(lines.get())
+            waiting.cancel()
+            while not lines.empty():
+                yield lines.get_nowait()
+            yield _end(tree, sent)
+        finally:
+            tree.cancel()
+            await asyncio.wait({tree})
+
+
+def _end(tree: "asyncio.Future[RolloutTreeResponse]", sent: set[str]) -> str:
+    """What is left to say: nodes that there was no news of, and the last line."""
+    try:
+        whole = tree.result()
+    except SpokeError as error:
+        return dump(ErrorLine(problem=_problem(error)))
+    keys = node_keys([node.parent for node in whole.nodes])
+    rest = [
+        dump(node_line(node, key))
+        for node, key in zip(whole.nodes, keys, strict=True)
+        if key not in sent
+    ]
+    return "".join([*rest, dump(tree_line(whole, keys))])
+
+
+def _problem(error: SpokeError) -> Problem:
+    status = error.status if isinstance(error, RequestError | BusyError) else 503
+    field = error.field if isinstance(error, RequestError) else None
+    return Problem(title="The tree failed", status=status, detail=str(error), field=field)
