@@ -9,7 +9,7 @@ import contextlib
 import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,22 +49,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=None, help="of the engine; requests may bring their own")
     add("--host", default="127.0.0.1")
     add("--port", type=int, default=8000, help="0 takes a free one")
-    add(
-        "--auth",
-        choices=["auto", "on", "off"],
-        default="auto",
-        help="ask for bearer tokens: auto does where there are any, and refuses to listen beyond "
-        "loopback without",
-    )
-    add(
-        "--tokens-file",
-        type=Path,
-        default=None,
-        help="TOKEN scope[,scope…] a line, scopes rollout, admin, metrics; also in SPOKE_TOKENS",
-    )
-    add("--max-body-mib", type=float, default=16.0, help="of a request's body")
-    add("--max-depth", type=int, default=16, help="levels of a tree plan")
-    add("--max-leaves", type=int, default=16384, help="of a request's plan")
+    _add_bounds(add)
     add(
         "--redis-url",
         default=None,
@@ -116,6 +101,26 @@ def parser() -> argparse.ArgumentParser:
     add("--reward-http-batch", type=int, default=64, help="most responses of one batch to a URL")
     add("--reward-http-connections", type=int, default=8, help="most batches at once to each URL")
     return parse
+
+
+def _add_bounds(add: Callable[..., object]) -> None:
+    """Who may ask, and for how much."""
+    add(
+        "--auth",
+        choices=["auto", "on", "off"],
+        default="auto",
+        help="ask for bearer tokens: auto does where there are any, and refuses to listen beyond "
+        "loopback without",
+    )
+    add(
+        "--tokens-file",
+        type=Path,
+        default=None,
+        help="TOKEN scope[,scope…] a line, scopes rollout, admin, metrics; also in SPOKE_TOKENS",
+    )
+    add("--max-body-mib", type=float, default=16.0, help="of a request's body")
+    add("--max-depth", type=int, default=16, help="levels of a tree plan")
+    add("--max-leaves", type=int, default=16384, help="of a request's plan")
 
 
 def settings(arguments: Sequence[str] | None) -> "ServerSettings":

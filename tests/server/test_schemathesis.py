@@ -113,7 +113,7 @@ def test_every_error_is_described_with_an_example(document: dict[str, Any]) -> N
                 example = Problem.model_validate(answer["content"][PROBLEM]["example"])
                 assert example.status == int(status)
                 described.add(int(status))
-    assert described >= {400, 401, 403, 404, 405, 408, 409, 413, 415, 422, 503}
+    assert described >= {400, 401, 403, 404, 405, 406, 408, 409, 413, 415, 422, 429, 503}
     rollout = document["paths"]["/rollout_tree"]["post"]["responses"]
     assert "WWW-Authenticate" in rollout["401"]["headers"]
     assert "Retry-After" in rollout["503"]["headers"]
