@@ -63,6 +63,11 @@ def parser() -> argparse.ArgumentParser:
         help="weight store, where its URL here is not the one that is announced",
     )
     add("--advertise-url", default=None, help="how trainers reach this server")
+    add(
+        "--served-model-name",
+        default=None,
+        help="what the OpenAI routes call the model; default: what --model says",
+    )
     add("--server-id", default=None, help="name in the fleet table")
     add(
         "--reward",
@@ -169,6 +174,7 @@ def settings(arguments: Sequence[str] | None) -> "ServerSettings":
         run=args.run,
         store=args.store,
         advertise_url=args.advertise_url,
+        served_model_name=args.served_model_name,
         rewards=tuple(rewards),
         reward_workers=args.reward_workers,
         reward_timeout_s=args.reward_timeout,

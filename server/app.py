@@ -1,6 +1,8 @@
 """The HTTP face: routes, and every error as a problem document (RFC 9457)."""
 
 import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -9,15 +11,18 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp
 
 from server.auth import TokenTable
 from server.body import BodyLimit, StrictRoute
 from server.connection import ClientGoneError, while_connected
+from server.costs import Cost
 from server.details import for_caller
 from server.engines.base import Engine
 from server.guard import Guard
 from server.limits import Limits
 from server.metrics import Metrics
+from server.openai_routes import MISSING, add_openai_routes
 from server.openapi import REQUEST_EXAMPLES, document, refusals
 from server.problems import problem
 from server.respond import CONTENT, tree_response
@@ -46,6 +51,8 @@ class Holder:
         self.liveness_s = liveness_s
         self.metrics = Metrics()
         self.service: RolloutService | None = None
+        self.openai: ASGIApp | None = None
+        """The engine's OpenAI routes; None where it has none."""
 
     def watch(self, service: RolloutService) -> None:
         """Read a service's gauges at every scrape, from before it serves."""
@@ -171,6 +178,34 @@ def _add_routes(app: FastAPI, holder: Holder, limits: Limits) -> None:
             "rewards": holder.service.rewards.names(),
             "logprobs": LOGPROBS,
         }
+
+    _add_openai(app, holder, service)
+
+
+def _add_openai(app: FastAPI, holder: Holder, service: Callable[[], RolloutService]) -> None:
+    """The engine's OpenAI routes: under the same gate and budget as trees, and counted as they are."""
+
+    def target() -> tuple[ASGIApp, int]:
+        context = service().engine.info.max_model_len
+        if holder.openai is None:
+            raise HTTPException(404, MISSING)
+        return holder.openai, context
+
+    @contextlib.asynccontextmanager
+    async def enter(cost: Cost) -> AsyncIterator[None]:
+        budget, gate = service().budget, service().gate
+        if not cost.within(budget):
+            raise RequestError(
+                "n",
+                f"up to {cost.nodes:,} samples and {cost.tokens:,} tokens are over this server's budget of "
+                f"{budget.nodes:,} and {budget.tokens:,}; ask for fewer prompts or samples, or a lower max_tokens",
+                status=413,
+            )
+        with holder.status.answering():
+            async with gate.admitted(cost) if cost.nodes else contextlib.nullcontext():
+                yield
+
+    add_openai_routes(app, target, enter)
 
 
 def _add_error_handlers(app: FastAPI) -> None:

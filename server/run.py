@@ -26,7 +26,7 @@ from server.app import Holder, alive, create_app
 from server.auth import log_auth
 from server.costs import Cost
 from server.engines import EngineName, choose, open_engine
-from server.engines.base import Engine
+from server.engines.base import Engine, SpeaksOpenAI
 from server.follower import Follower
 from server.rewards.pool import RewardPool
 from server.service import RolloutService, Status
@@ -171,6 +171,8 @@ async def _life(settings: ServerSettings, holder: Holder, url: str, stop: asynci
         )
         holder.watch(service)
         follower = None
+        if isinstance(engine, SpeaksOpenAI):
+            holder.openai = await engine.openai_app(settings.served_model_name or service.model)
         if coordinator is None:
             holder.status.state = ServerState.READY
         else:

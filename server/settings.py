@@ -39,6 +39,8 @@ class ServerSettings:
     """Weight store, where this server reaches it under another URL than the trainer announces."""
     advertise_url: str | None = None
     """How trainers reach this server; None is `http://HOST:PORT`."""
+    served_model_name: str | None = None
+    """What requests of the OpenAI routes call the model; None is `engine_settings.model`."""
     server_id: str = field(default_factory=_server_id)
     rewards: tuple[tuple[str, str], ...] = ()
     """(name, `module:function` or URL) of the user's own rewards."""

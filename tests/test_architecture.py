@@ -17,6 +17,7 @@ MAY_IMPORT = {
 ONLY_IN = {
     "vllm": {
         "server/engines/vllm.py",
+        "server/engines/vllm_openai.py",
         "server/engines/vllm_start.py",
         "server/engines/vllm_worker.py",
     },

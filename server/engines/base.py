@@ -7,7 +7,9 @@ distribution sampled from: temperature applied, renormalised where top-k or top-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
+
+from starlette.types import ASGIApp
 
 from shared.errors import EngineError
 from shared.tree import FinishReason
@@ -172,6 +174,19 @@ class Engine(Protocol):
 
     async def close(self) -> None:
         """Free the model and end every process and thread that the engine started."""
+        ...
+
+
+@runtime_checkable
+class SpeaksOpenAI(Protocol):
+    """An engine with OpenAI-compatible routes of its own."""
+
+    async def openai_app(self, name: str) -> ASGIApp:
+        """The routes `/v1/models`, `/v1/completions` and `/v1/chat/completions`, on this engine and its weights.
+
+        Args:
+            name: by which requests call the model.
+        """
         ...
 
 

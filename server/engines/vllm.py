@@ -8,6 +8,8 @@ from collections.abc import Awaitable, Iterator
 from typing import Any, TypeVar
 from uuid import uuid4
 
+from starlette.types import ASGIApp
+
 from server.engines import vllm_start
 from server.engines.base import (
     ApplyReport,
@@ -83,23 +85,19 @@ class VllmEngine:
         distinct = 1 if request.temperature == 0.0 else request.samples
         sizes = [(0, 1), (1, distinct - 1)] if distinct > 1 else [(0, 1)]
         parts = [Part(request, first) for first, _ in sizes]
-        self._running += 1
-        try:
-            with _our_errors():
-                reads = [
-                    part.read(
-                        llm.generate(
-                            prompt,
-                            sampling_params(request, self._info, first, samples),
-                            request_id=uuid4().hex,
-                            priority=request.priority,
-                        )
+        with self._busy(), _our_errors():
+            reads = [
+                part.read(
+                    llm.generate(
+                        prompt,
+                        sampling_params(request, self._info, first, samples),
+                        request_id=uuid4().hex,
+                        priority=request.priority,
                     )
-                    for part, (first, samples) in zip(parts, sizes, strict=True)
-                ]
-                await self._while_alive(asyncio.gather(*reads))
-        finally:
-            self._running -= 1
+                )
+                for part, (first, samples) in zip(parts, sizes, strict=True)
+            ]
+            await self._while_alive(asyncio.gather(*reads))
         reused = sum(part.cached_tokens * len(part.completions) for part in parts)
         completions = {i: done for part in parts for i, done in part.completions.items()}
         if request.on_completion is not None:
@@ -151,6 +149,22 @@ class VllmEngine:
         assert reader is not None, "vLLM reads its process from the first moment on this loop"
         await asyncio.wait({reader})
         return EngineError("vLLM's process is gone")
+
+    async def openai_app(self, name: str) -> ASGIApp:
+        """vLLM's own OpenAI routes on this engine; see `SpeaksOpenAI.openai_app`."""
+        # Half a second of imports that an engine alone does not need.
+        from server.engines.vllm_openai import GuardedLLM, openai_app
+
+        guarded = GuardedLLM(self._llm, self._info, self._while_alive, self._busy)
+        return await openai_app(guarded, self._info, name)
+
+    @contextlib.contextmanager
+    def _busy(self) -> Iterator[None]:
+        self._running += 1
+        try:
+            yield
+        finally:
+            self._running -= 1
 
     async def close(self) -> None:
         """End vLLM's process and its task on this loop. A second call does nothing."""

@@ -18,6 +18,7 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 PROGRAM = """
 import asyncio, json, multiprocessing, os, signal, sys
+import httpx
 from server.engines import vllm, vllm_start
 from server.engines.base import GenerateRequest
 from server.engines.settings import EngineSettings
@@ -41,9 +42,16 @@ async def main():
     lost = []
     if sys.argv[2] == "lose":
         pending = asyncio.create_task(engine.generate(request))
-        await asyncio.sleep(0)
+        transport = httpx.ASGITransport(await engine.openai_app("tiny"), raise_app_exceptions=False)
+        client = httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=60)
+        body = {"model": "tiny", "prompt": [5, 6], "max_tokens": 500, "ignore_eos": True}
+        post = lambda: client.post("/v1/completions", json=body)
+        asked = asyncio.create_task(post())
+        while engine._running < 2:
+            await asyncio.sleep(0)
         os.kill(worker.pid, signal.SIGKILL)
         lost = [await failure(pending), await failure(engine.check()), await failure(engine.generate(request))]
+        lost += [(await asked).status_code, (await post()).status_code]
     await engine.close()
     await engine.close()
     left = [child.name for child in multiprocessing.active_children()]
@@ -85,7 +93,9 @@ def gone(pid: int, seconds: float) -> bool:
         os.close(handle)
 
 
-@pytest.mark.parametrize(("what", "lost"), [("close", []), ("lose", ["EngineError"] * 3)])
+@pytest.mark.parametrize(
+    ("what", "lost"), [("close", []), ("lose", ["EngineError"] * 3 + [503, 503])]
+)
 def test_an_engine_ends_with_its_process_alive_or_lost(tiny_math, what, lost):
     with program(tiny_math, what) as process:
         out, error = process.communicate(timeout=200)

@@ -3,7 +3,7 @@
 1. Beyond its capacity and a short line a server says 429 with Retry-After; whoever comes back then gets a tree.
 2. A tree over the budget is 413 and names the plan, also where only its growth could tell.
 3. A client that goes away takes its tree with it within a second, unless another waits for the same tree.
-4. A server told to stop leaves the fleet first, ends what it has, hands back what does not end in time, and exits 0.
+4. A server told to stop leaves the fleet first, ends what it has, hands back what does not end in time, exits 0.
 5. A dead or silent engine takes the server down with one clear line.
 """
 
@@ -206,7 +206,8 @@ async def test_an_engine_that_is_dead_or_silent_takes_the_server_down(
 ) -> None:
     vllm = ("--engine", "vllm", "--liveness-timeout", "2", "--kv-cache-gib", "0.1")
     with server(tiny_math, tmp_path, *vllm) as process:
-        assert httpx.get(f"{process.url}/livez").json() == {"status": "alive"}
+        async with httpx.AsyncClient(base_url=process.url, timeout=60) as client:
+            assert (await client.get("/livez")).json() == {"status": "alive"}
         engine = engine_of(process.process)
         try:
             os.kill(engine, stop)

@@ -1,6 +1,6 @@
 """Admission, in numbers.
 
-1. Trees are let in while nodes and tokens fit; as much again waits in line, first come first served; the rest are 429.
+1. Trees are let in while nodes and tokens fit; as much again waits in line, in order; the rest are 429.
 2. A tree larger than the capacity is let in alone. A place is free again however its tree ends.
 3. Who waits too long is 429; who goes away while waiting leaves no trace.
 4. Tokens are charged by what trees of late came to.

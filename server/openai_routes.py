@@ -1,0 +1,102 @@
+"""The OpenAI-compatible routes: forwarded to the engine's own application, once there is room for the request.
+
+Errors in a request have OpenAI's form, which its clients read. What the server itself says, that it is
+full, not ready or without such routes, is a problem document as everywhere.
+"""
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.requests import ClientDisconnect, Request
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.costs import Cost
+
+ROUTES = {"/v1/models": "GET", "/v1/completions": "POST", "/v1/chat/completions": "POST"}
+"""All that is forwarded; whatever else the engine's application may have is not reached."""
+MISSING = "only vLLM has the OpenAI routes: start the server with --engine vllm, or use POST /rollout_tree"
+"""What a server with another engine answers."""
+DEFAULT_TOKENS = {"/v1/completions": 16}
+"""`max_tokens` of a request that leaves it out; where it is not here, all that fits the context."""
+
+Enter = Callable[[Cost], AbstractAsyncContextManager[None]]
+Target = Callable[[], tuple[ASGIApp, int]]
+
+
+class Forward:
+    """An ASGI endpoint that hands requests on.
+
+    Args:
+        target: the application that answers now, and the most tokens of its model's context; raises what is to be
+            answered where there is none.
+        enter: is entered, with what a request can cost, while it runs, to its last byte; raises where it may not.
+    """
+
+    def __init__(self, target: Target, enter: Enter) -> None:
+        self._target = target
+        self._enter = enter
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request."""
+        app, context = self._target()
+        try:
+            body = await Request(scope, receive).body()
+        except ClientDisconnect:
+            return
+        async with self._enter(cost(scope["path"], body, context)):
+            # A copy: the application writes itself into the scope.
+            await app(dict(scope), _again(body, receive), send)
+
+
+def add_openai_routes(app: FastAPI, target: Target, enter: Enter) -> None:
+    """Add the routes to a server's application; see `Forward`."""
+    forward = Forward(target, enter)
+    app.router.routes.extend(Route(path, forward, methods=[verb]) for path, verb in ROUTES.items())
+
+
+def cost(path: str, body: bytes, context: int) -> Cost:
+    """The most that a request can come to; nothing, where it asks for nothing that the engine would sample.
+
+    >>> cost("/v1/completions", b'{"prompt": ["a", "b"], "n": 3, "max_tokens": 10}', 512)
+    Cost(nodes=6, tokens=60)
+    >>> cost("/v1/chat/completions", b'{"messages": []}', 512)
+    Cost(nodes=1, tokens=512)
+    >>> cost("/v1/models", b"", 512)
+    Cost(nodes=0, tokens=0)
+    """
+    try:
+        asked = json.loads(body)
+    except (ValueError, RecursionError):
+        asked = None
+    if not isinstance(asked, dict):
+        return Cost(nodes=0, tokens=0)
+    prompts: Any = asked.get("prompt")
+    # One prompt is a text or a list of token ids; several are a list of these.
+    several = isinstance(prompts, list) and not isinstance(next(iter(prompts), ""), int)
+    nodes = len(prompts if several else [prompts]) * _count(asked.get("n"), 1)
+    limit = asked.get("max_completion_tokens") or asked.get("max_tokens")
+    tokens = min(context, _count(limit, DEFAULT_TOKENS.get(path, context)))
+    return Cost(nodes=nodes, tokens=nodes * tokens)
+
+
+def _count(value: Any, default: int) -> int:  # noqa: ANN401 - whatever the caller sent
+    """A number from 1, or the default for what the application will refuse or fill in."""
+    return value if isinstance(value, int) and value > 0 else default
+
+
+def _again(body: bytes, receive: Receive) -> Receive:
+    """A `receive` that gives a body that was read, and then what comes after it."""
+    given = False
+
+    async def give() -> Message:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return give

@@ -1,0 +1,124 @@
+"""The OpenAI routes as the server sees them: forwarded, refused, counted. They themselves are vLLM's."""
+
+import contextlib
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import StreamingResponse
+from starlette.routing import Route
+
+from server.app import Holder, create_app
+from server.costs import Cost
+from server.openai_routes import ROUTES, add_openai_routes, cost
+from server.service import Status
+from shared.errors import BusyError
+from shared.fleet import ServerState
+
+
+async def test_another_engine_says_which_one_has_them(server_url: str) -> None:
+    async with httpx.AsyncClient(base_url=server_url) as client:
+        for path, verb in ROUTES.items():
+            answer = await client.request(verb, path)
+            assert answer.status_code == 404
+            assert answer.headers["content-type"] == "application/problem+json"
+            assert "--engine vllm" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("state", [ServerState.LOADING, ServerState.DRAINING])
+async def test_a_server_that_does_not_serve_says_so(state: ServerState) -> None:
+    holder = Holder(Status(server_id="one", state=state))
+    transport = httpx.ASGITransport(create_app(holder))
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        for path, verb in ROUTES.items():
+            answer = await client.request(verb, path)
+            assert answer.status_code == 503
+            assert answer.headers["retry-after"] == "1"
+            assert answer.json()["detail"] == f"this server is {state}"
+
+
+@contextlib.asynccontextmanager
+async def forwarded(enter) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of routes that forward to an application which answers with the request's path and body."""
+
+    async def answer(request: Request) -> StreamingResponse:
+        body = await request.body()
+
+        async def parts():
+            yield request.url.path
+            yield body
+
+        return StreamingResponse(parts())
+
+    # More than a server forwards, as vLLM's own application would have it.
+    paths = [*ROUTES, "/v1/chat/completions/batch", "/pause"]
+    engine = Starlette(routes=[Route(path, answer, methods=["GET", "POST"]) for path in paths])
+    app = create_app(Holder(Status(server_id="one")))
+    app.router.routes = [r for r in app.router.routes if getattr(r, "path", "") not in ROUTES]
+    add_openai_routes(app, lambda: (engine, 512), enter)
+    transport = httpx.ASGITransport(app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
+        yield client
+
+
+async def test_requests_are_entered_with_their_cost_and_others_never_arrive() -> None:
+    entered, left = [], []
+
+    @contextlib.asynccontextmanager
+    async def enter(cost: Cost) -> AsyncIterator[None]:
+        entered.append(cost)
+        yield
+        left.append(cost)
+
+    async with forwarded(enter) as client:
+        body = {"prompt": "Ana", "n": 2, "max_tokens": 7}
+        assert (await client.get("/v1/models")).text == "/v1/models"
+        for path in ("/v1/completions", "/v1/chat/completions"):
+            answer = await client.post(path, json=body)
+            assert answer.text == path + answer.request.content.decode()
+        costs = [Cost(nodes=0, tokens=0), Cost(nodes=2, tokens=14), Cost(nodes=2, tokens=14)]
+        assert entered == left == costs
+        assert (await client.get("/v1/completions")).status_code == 405
+        for path in ("/v1/chat/completions/batch", "/pause", "/v1/models/x"):
+            assert (await client.post(path)).status_code == 404
+    assert len(entered) == 3
+
+
+async def test_a_full_server_is_a_429_before_the_request_is_read_by_the_engine() -> None:
+    @contextlib.asynccontextmanager
+    async def full(cost: Cost) -> AsyncIterator[None]:
+        raise BusyError("this server is full", status=429, retry_after_s=7)
+        yield
+
+    async with forwarded(full) as client:
+        answer = await client.post("/v1/completions", json={"prompt": "Ana", "stream": True})
+    assert answer.status_code == 429
+    assert answer.headers["retry-after"] == "7"
+    assert answer.json()["detail"] == "this server is full"
+
+
+@pytest.mark.parametrize(
+    ("body", "nodes", "tokens"),
+    [
+        ({"prompt": "a"}, 1, 16),
+        ({"prompt": [1, 2, 3], "max_tokens": 5}, 1, 5),
+        ({"prompt": [[1, 2], [3]], "max_tokens": 5, "n": 4}, 8, 40),
+        ({"prompt": ["a"] * 30, "max_tokens": 2**70}, 30, 30 * 512),
+        ({"prompt": "a", "n": -1, "max_tokens": 0}, 1, 16),
+        ({"prompt": "a", "n": "many", "max_tokens": None}, 1, 16),
+        ({"prompt": []}, 0, 0),
+        ([], 0, 0),
+    ],
+    ids=str,
+)
+def test_what_a_completion_can_cost(body: Any, nodes: int, tokens: int) -> None:
+    found = cost("/v1/completions", json.dumps(body).encode(), 512)
+    assert found == Cost(nodes=nodes, tokens=tokens)
+
+
+def test_what_is_no_json_costs_nothing() -> None:
+    assert cost("/v1/completions", b"{", 512) == Cost(nodes=0, tokens=0)

@@ -1,0 +1,253 @@
+"""The client: trees from one server or many, tried again elsewhere by the same id until the bound."""
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncGenerator, Iterable
+from itertools import islice
+from typing import Any, Self
+
+import httpx
+from pydantic import TypeAdapter, ValidationError
+
+from shared.errors import FleetError, RequestError, TreeError
+from shared.wire import RolloutTreeRequest, RolloutTreeResponse
+from trainer.client.connection import checked_urls, open_http
+from trainer.client.identity import question_key, repeatable
+from trainer.client.reading import OnNode, StreamedError, accepts, read_tree
+from trainer.client.retries import Failure, failure, problem
+from trainer.client.routing import ListServers, Router, Target, Trail, fixed
+
+REFRESH_S = 0.5
+"""How long a list of servers is used before it is asked for again, seconds."""
+PROBE_S = 5.0
+"""Bound of an answer to `/info` or `/readyz`."""
+JITTER_S = 0.05
+JITTER = 0.25
+"""Share of a wait that is added at random, so that requests refused together do not return together."""
+_OBJECT = TypeAdapter(dict[str, Any])
+
+
+class AsyncClient:
+    """Sends tree requests to rollout servers: retried, spread over the servers, moved to another when one fails.
+
+    Args:
+        servers: URL or URLs of servers, or a callable that lists those that are alive.
+        token: bearer token; None takes the environment variable SPOKE_TOKEN, where it is set.
+        timeout_s: bound of one tree, all attempts together.
+        concurrency: most trees in flight; further ones wait here, outside the bound.
+        affinity_slack: trees that a question's own server may have more than the least loaded one before the
+            question goes elsewhere. 0 is plain least-loaded.
+
+    Raises (on construction):
+        ConfigError: a URL or the token cannot be used.
+    """
+
+    def __init__(
+        self,
+        servers: str | Iterable[str] | ListServers,
+        *,
+        token: str | None = None,
+        timeout_s: float = 600.0,
+        concurrency: int = 64,
+        affinity_slack: int = 2,
+    ) -> None:
+        self._list = servers if callable(servers) else fixed(*checked_urls(servers))
+        self._timeout_s = timeout_s
+        self._slots = asyncio.Semaphore(concurrency)
+        self._router = Router(slack=affinity_slack)
+        self._listed_at = float("-inf")
+        self._random = random.Random()
+        self._http = open_http(token, concurrency)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connections."""
+        await self._http.aclose()
+
+    async def rollout_tree(
+        self, request: RolloutTreeRequest, *, on_node: OnNode | None = None
+    ) -> RolloutTreeResponse:
+        """One tree.
+
+        A request without an id or a seed gets them, so that every attempt asks for the same tree.
+
+        Args:
+            request: what is asked.
+            on_node: called with each node as it finishes, in no order; again from the first where the tree moved
+                to another server. A server that does not stream gives them all at the end.
+
+        Raises:
+            RequestError: the request itself is refused; it names the field and the remedy.
+            ConfigError: a server does not take the token.
+            FleetError: no server gave the tree within the bound; it names the last reason.
+        """
+        request = repeatable(request)
+        body = request.model_dump_json(exclude_none=True).encode()
+        key, trail = question_key(request), Trail()
+        async with self._slots:
+            deadline = _now() + self._timeout_s
+            reason = "no live server is ready"
+            while _now() < deadline:
+                await self._refresh()
+                choice = self._router.choose(
+                    key, version=request.min_weight_version, now=_now(), trail=trail
+                )
+                if not isinstance(choice, Target):
+                    await self._pause(choice, deadline)
+                    continue
+                with self._router.sending(choice.url):
+                    answer = await self._ask(choice.url, body, deadline, on_node)
+                if isinstance(answer, RolloutTreeResponse):
+                    self._router.answered(choice.url)
+                    return answer
+                reason = f"{choice.url}: {answer.reason}"
+                self._note(choice.url, answer, trail)
+        raise FleetError(f"no tree within {self._timeout_s:g} s; the last reason: {reason}")
+
+    async def rollout_trees(
+        self, requests: Iterable[RolloutTreeRequest], *, concurrency: int = 64
+    ) -> AsyncGenerator[tuple[int, RolloutTreeResponse | RequestError], None]:
+        """Many trees, each as it comes, with its request's place; a refused request loses no other.
+
+        Args:
+            requests: taken one by one as they can be sent.
+            concurrency: most of them in flight.
+
+        Raises:
+            ConfigError, FleetError: see `rollout_tree`; the first ends all the others.
+        """
+        waiting = enumerate(requests)
+        running: dict[asyncio.Task[RolloutTreeResponse | RequestError], int] = {}
+        try:
+            while True:
+                for place, request in islice(waiting, concurrency - len(running)):
+                    running[asyncio.create_task(self._tree_or_refusal(request))] = place
+                if not running:
+                    return
+                done, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    place = running.pop(task)
+                    yield place, task.result()
+        finally:
+            for task in running:
+                task.cancel()
+            # Shielded: a second cancellation would reach them while they close their connections.
+            ends: asyncio.Future[Any] = asyncio.gather(*running, return_exceptions=True)
+            await asyncio.shield(ends)
+
+    async def info(self, url: str | None = None) -> dict[str, Any]:
+        """What a server says of itself: model, engine, limits, weight version.
+
+        Args:
+            url: of the server; None is the first that answers.
+
+        Raises:
+            ConfigError: a server does not take the token.
+            FleetError: no server answers.
+        """
+        reason = "no live server is ready"
+        for where in await self._urls() if url is None else [url.rstrip("/")]:
+            answer = await self._get(f"{where}/info")
+            if isinstance(answer, httpx.Response) and answer.is_success:
+                try:
+                    return _OBJECT.validate_json(answer.content)
+                except ValidationError:
+                    answer = Failure(reason="its answer is no JSON object")
+            if isinstance(answer, httpx.Response):
+                found = problem(answer.status_code, answer.content)
+                answer = failure(where, found, answer.headers, time.time())
+            reason = f"{where}: {answer.reason}"
+        raise FleetError(f"no server tells about itself; the last reason: {reason}")
+
+    async def ready(self) -> list[str]:
+        """URLs of the servers that would take a request now."""
+        urls = await self._urls()
+        answers = await asyncio.gather(*(self._get(f"{url}/readyz") for url in urls))
+        return [
+            url
+            for url, answer in zip(urls, answers, strict=True)
+            if isinstance(answer, httpx.Response) and answer.is_success
+        ]
+
+    async def _tree_or_refusal(
+        self, request: RolloutTreeRequest
+    ) -> RolloutTreeResponse | RequestError:
+        try:
+            return await self.rollout_tree(request)
+        except RequestError as error:
+            return error
+
+    async def _urls(self) -> list[str]:
+        return [target.url for target in await self._list()]
+
+    async def _get(self, url: str) -> httpx.Response | Failure:
+        try:
+            return await self._http.get(url, timeout=PROBE_S)
+        except httpx.TransportError as error:
+            return Failure(reason=_named(error))
+
+    async def _refresh(self) -> None:
+        """Ask who is alive, where what is known is old; requests that come meanwhile use what is known."""
+        if _now() - self._listed_at > REFRESH_S or not self._router.any:
+            self._listed_at = _now()
+            self._router.update(await self._list())
+
+    async def _pause(self, wait_s: float | None, deadline: float) -> None:
+        """Until a server may be asked, or the list may be another."""
+        wait_s = REFRESH_S if wait_s is None else min(wait_s, REFRESH_S)
+        wait_s += self._random.uniform(0, JITTER_S)
+        await asyncio.sleep(max(0.0, min(wait_s, deadline - _now())))
+
+    def _note(self, url: str, failed: Failure, trail: Trail) -> None:
+        """Leave the server alone for a while: this request by a jitter longer than all others."""
+        now = _now()
+        noted = trail.backoffs[url]
+        wait = noted.failed(now, failed.retry_after_s)
+        if failed.whole_server:
+            wait = self._router.failed(url, now, failed.retry_after_s)
+            if failed.retry_after_s is None:
+                self._listed_at = float("-inf")  # it may be dead: ask who lives
+        noted.until = now + wait * (1 + self._random.uniform(0, JITTER))
+
+    async def _ask(
+        self, url: str, body: bytes, deadline: float, on_node: OnNode | None
+    ) -> RolloutTreeResponse | Failure:
+        """One attempt at one server."""
+        try:
+            async with (
+                asyncio.timeout_at(deadline) as bound,
+                self._http.stream(
+                    "POST",
+                    f"{url}/rollout_tree",
+                    content=body,
+                    headers={"Content-Type": "application/json", "Accept": accepts(on_node)},
+                ) as answer,
+            ):
+                if answer.status_code == httpx.codes.OK:
+                    return await read_tree(answer, on_node)
+                found = problem(answer.status_code, await answer.aread())
+        except TimeoutError:
+            if not bound.expired():
+                raise  # not ours: of the caller's `on_node`
+            return Failure(reason="ReadTimeout: no whole answer by the bound")
+        except httpx.TransportError as error:
+            return Failure(reason=_named(error), whole_server=True)
+        except TreeError as error:
+            return Failure(reason=f"its answer is no tree: {error}")
+        except StreamedError as error:  # refused after the stream had begun
+            found = error.problem
+        return failure(url, found, answer.headers, time.time())
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def _named(error: httpx.TransportError) -> str:
+    return f"{type(error).__name__}: {error}".removesuffix(": ")

@@ -1,0 +1,84 @@
+"""Reading an answer: a whole tree in packed form or in JSON, or its nodes as they finish."""
+
+from collections.abc import AsyncIterator, Callable
+
+import httpx
+
+from shared.codec import decode
+from shared.errors import RequestError, TreeError
+from shared.media import MediaType
+from shared.stream import Assembler, NodeLine, node_keys, node_line
+from shared.wire import Problem, RolloutTreeResponse
+
+OnNode = Callable[[NodeLine], None]
+"""Called with a node that has finished; `key` names it: positions among siblings, from the prompt."""
+
+
+class StreamedError(Exception):
+    """A stream said that there will be no tree, after its status had said 200."""
+
+    def __init__(self, error: RequestError) -> None:
+        super().__init__(str(error))
+        self.problem = Problem(
+            title="", status=error.status, detail=error.detail, field=error.field
+        )
+
+
+def accepts(on_node: OnNode | None) -> str:
+    """The `Accept` header; a server that knows neither form answers in JSON."""
+    media = MediaType.MSGPACK if on_node is None else MediaType.NDJSON
+    return f"{media}, {MediaType.JSON};q=0.5"
+
+
+async def read_tree(answer: httpx.Response, on_node: OnNode | None) -> RolloutTreeResponse:
+    """The tree in an answer with status 200, whose body has not been read.
+
+    Args:
+        answer: in whichever form its `Content-Type` says; JSON where that is none of ours.
+        on_node: told of each node, at the end where the answer is whole.
+
+    Raises:
+        TreeError: there is no tree in it, or it ends too early.
+        StreamedError: a stream says that there will be no tree.
+        httpx.TransportError: the connection broke.
+    """
+    kind = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == MediaType.NDJSON:
+        return await _assembled(answer, on_node)
+    media = MediaType.MSGPACK if kind == MediaType.MSGPACK else MediaType.JSON
+    tree = decode(await answer.aread(), media)
+    if on_node is not None:
+        keys = node_keys([node.parent for node in tree.nodes])
+        for node, key in zip(tree.nodes, keys, strict=True):
+            on_node(node_line(node, key))
+    return tree
+
+
+async def _assembled(answer: httpx.Response, on_node: OnNode | None) -> RolloutTreeResponse:
+    assembler = Assembler()
+    async for line in lines(answer.aiter_bytes()):
+        try:
+            found = assembler.feed(line)
+        except RequestError as error:
+            raise StreamedError(error) from None
+        if isinstance(found, RolloutTreeResponse):
+            return found
+        if on_node is not None:
+            on_node(found)
+    raise TreeError("the stream ended before the tree's last line")
+
+
+async def lines(pieces: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    r"""Lines of a body that comes in pieces, cut at "\n" alone, and without it.
+
+    httpx's own lines end at every separator that Unicode has, and text in JSON may hold some of them.
+    """
+    parts: list[bytes] = []
+    async for piece in pieces:
+        *ended, rest = piece.split(b"\n")
+        for line in ended:
+            yield b"".join([*parts, line])
+            parts = []
+        parts.append(rest)
+    if last := b"".join(parts):
+        yield last

@@ -1,0 +1,115 @@
+"""What an answer that is no tree means: tried again elsewhere, or raised. Pure: nothing is sent, no clock is read.
+
+429, 502, 503, transport errors   the server is left alone for a while by every request
+500, 504, a stale server (409)    this request alone tries elsewhere: others may well be served
+401, 403                          ConfigError: the token
+anything else                     RequestError: it would be refused again
+"""
+
+import email.utils
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pydantic import ValidationError
+
+from shared.errors import ConfigError
+from shared.wire import Problem
+
+TOKEN_VARIABLE = "SPOKE_TOKEN"
+_SERVER = frozenset({429, 502, 503})
+_REQUEST = frozenset({500, 504})
+_DENIED = {
+    401: "takes no request without a valid token",
+    403: "does not allow this with the given token",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """Why there is no tree, where another attempt may give it."""
+
+    reason: str
+    whole_server: bool = False
+    """Every request leaves the server alone for a while; else this one does."""
+    retry_after_s: float | None = None
+    """As the server says; None leaves the wait to us."""
+
+
+def retry_after(headers: Mapping[str, str], now: float) -> float | None:
+    """Seconds to wait by `Retry-After`, in either of its forms; None without one that can be read.
+
+    Args:
+        headers: of the answer, whose keys do not care for case, or are in lower case. A date is read against the
+            server's own clock where it says its `date`.
+        now: Unix seconds.
+
+    >>> retry_after({"retry-after": "3"}, 0.0)
+    3.0
+    >>> dates = {"retry-after": "Wed, 21 Oct 2026 07:28:30 GMT", "date": "Wed, 21 Oct 2026 07:28:00 GMT"}
+    >>> retry_after(dates, 0.0), retry_after({"retry-after": "soon"}, 0.0)
+    (30.0, None)
+    """
+    text = headers.get("retry-after", "")
+    try:
+        seconds = float(text)
+    except ValueError:
+        until = _unix(text)
+        if until is None:
+            return None
+        seconds = until - (_unix(headers.get("date", "")) or now)
+    return max(0.0, seconds) if math.isfinite(seconds) else None
+
+
+def _unix(date: str) -> float | None:
+    try:
+        return email.utils.parsedate_to_datetime(date).timestamp()
+    except ValueError:
+        return None
+
+
+def failure(url: str, found: Problem, headers: Mapping[str, str], now: float) -> Failure:
+    """What a problem means.
+
+    Args:
+        url: of the server.
+        found: as `problem` gives it.
+        headers: as in `retry_after`.
+        now: Unix seconds.
+
+    Raises:
+        ConfigError: the server does not take the token.
+        RequestError: the request would be refused again; it names the field and the remedy.
+    """
+    status = found.status
+    if status in _DENIED:
+        raise ConfigError(
+            f"{url} {_DENIED[status]} ({found.detail}); set {TOKEN_VARIABLE} to one of its tokens, "
+            "or pass token=…"
+        )
+    stale = status == 409 and found.field == "min_weight_version"
+    if stale or status in _SERVER | _REQUEST:
+        reason = f"{found.field}: {found.detail}" if found.field else found.detail
+        return Failure(
+            reason=f"{status}: {reason}",
+            whole_server=status in _SERVER,
+            retry_after_s=retry_after(headers, now),
+        )
+    raise found.as_error()
+
+
+def problem(status: int, body: bytes) -> Problem:
+    """The problem document in the body of an answer, or one made of what is there; the field is not said twice.
+
+    >>> problem(422, b'{"title": "t", "status": 422, "detail": "plan: too deep", "field": "plan"}').detail
+    'too deep'
+    >>> problem(502, b"<html>").detail
+    '<html>'
+    """
+    try:
+        found = Problem.model_validate_json(body)
+    except ValidationError:
+        text = body[:200].decode(errors="replace")
+        return Problem(title="", status=status, detail=text or f"HTTP {status} without a body")
+    detail = found.detail.removeprefix(f"{found.field}: ") if found.field else found.detail
+    return found.model_copy(update={"status": status, "detail": detail})
