@@ -243,9 +243,9 @@ async def test_mounted_applications_are_guarded_and_routes_can_ask_for_scopes() 
 
     app.mount("/v1", echo)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://x") as client:
-        assert (await client.get("/v1/models")).status_code == 401
-        assert (await client.get("/v1/models", headers=bearer(METRICS))).status_code == 403
-        found = await client.get("/v1/models", headers=bearer(BOTH))
+        assert (await client.get("/v1/mounted")).status_code == 401
+        assert (await client.get("/v1/mounted", headers=bearer(METRICS))).status_code == 403
+        found = await client.get("/v1/mounted", headers=bearer(BOTH))
         assert found.json() == ["admin", "rollout"]
 
 
@@ -260,7 +260,7 @@ async def test_all_scopes_are_granted_where_no_tokens_are_asked_for() -> None:
     app.mount("/v1", keep)
     transport = httpx.ASGITransport(app)
     async with httpx.AsyncClient(transport=transport, base_url="http://x") as client:
-        await client.get("/v1/models", headers=bearer("whatever"))
+        await client.get("/v1/mounted", headers=bearer("whatever"))
     assert seen == [ALL]
 
 
