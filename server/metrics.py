@@ -4,6 +4,7 @@ Names and units are by Prometheus' conventions: base units, `_total` for counter
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, Metric
@@ -20,45 +21,34 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        own = {"namespace": "spoke", "registry": self.registry}
-        self.requests = Counter(
-            "http_requests", "HTTP requests answered.", ["path", "method", "status"], **own
+        counter = partial(Counter, namespace="spoke", registry=self.registry)
+        seconds = partial(Histogram, namespace="spoke", registry=self.registry, buckets=SECONDS)
+        self.requests = counter(
+            "http_requests", "HTTP requests answered.", ["path", "method", "status"]
         )
-        self.trees = Counter(
+        self.trees = counter(
             "trees",
             "Trees by how they ended: ok, refused, busy, failed, cancelled, repeated (answered from memory).",
             ["outcome"],
-            **own,
         )
-        self.sampled = Counter("sampled_tokens", "Tokens sampled, of trees that ended well.", **own)
-        self.prefill = Counter(
+        self.sampled = counter("sampled_tokens", "Tokens sampled, of trees that ended well.")
+        self.prefill = counter(
             "prefill_tokens",
             "Prompt tokens of engine requests: computed, or reused from the prefix cache.",
             ["source"],
-            **own,
         )
-        self.saved = Counter(
-            "settled_trees", "Trees that an early decision left smaller than their plan.", **own
+        self.saved = counter(
+            "settled_trees", "Trees that an early decision left smaller than their plan."
         )
-        self.queue_s = Histogram(
-            "tree_queue_seconds", "From arrival to admission.", buckets=SECONDS, **own
-        )
-        self.first_node_s = Histogram(
-            "tree_first_node_seconds", "From arrival to the first node.", buckets=SECONDS, **own
-        )
-        self.tree_s = Histogram(
-            "tree_seconds", "From arrival to the answer.", buckets=SECONDS, **own
-        )
-        self.grading_s = Histogram(
-            "tree_reward_seconds", "Grading after the last token.", buckets=SECONDS, **own
-        )
-        self.updates = Counter("weight_updates", "Weight updates by outcome.", ["outcome"], **own)
-        self.update_s = Histogram(
+        self.queue_s = seconds("tree_queue_seconds", "From arrival to admission.")
+        self.first_node_s = seconds("tree_first_node_seconds", "From arrival to the first node.")
+        self.tree_s = seconds("tree_seconds", "From arrival to the answer.")
+        self.grading_s = seconds("tree_reward_seconds", "Grading after the last token.")
+        self.updates = counter("weight_updates", "Weight updates by outcome.", ["outcome"])
+        self.update_s = seconds(
             "weight_update_seconds",
             "Phases of a weight update: fetch (and verify), pause (no token sampled), apply (part of the pause).",
             ["phase"],
-            buckets=SECONDS,
-            **own,
         )
 
     def watch(self, name: str, description: str, read: Callable[[], float]) -> None:
@@ -76,7 +66,7 @@ class Metrics:
             registry=self.registry,
         )
         for state in ServerState:
-            gauge.labels(state).set_function(lambda state=state: float(read() is state))
+            gauge.labels(state).set_function(partial(_is, read, state))
 
     def watch_rewards(self, rewards: RewardPool) -> None:
         """Leaves, failures and time of each reward function."""
@@ -85,6 +75,10 @@ class Metrics:
     def text(self) -> bytes:
         """Everything, in the text format."""
         return generate_latest(self.registry)
+
+
+def _is(read: Callable[[], ServerState], state: ServerState) -> float:
+    return float(read() is state)
 
 
 class _Rewards:

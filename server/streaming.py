@@ -6,6 +6,7 @@ an error's line. A reader that is slow holds up nobody: its lines wait, at most 
 
 import asyncio
 from collections.abc import AsyncIterator
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -82,10 +83,13 @@ async def _lines(
                 yield begun
             waiting = asyncio.ensure_future(lines.get())
             while not tree.done():
-                await asyncio.wait({tree, waiting}, return_when=asyncio.FIRST_COMPLETED)
+                both: set[asyncio.Future[Any]] = {tree, waiting}
+                await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
                 if waiting.done():
                     yield waiting.result()
                     waiting = asyncio.ensure_future(lines.get())
+            if waiting.done():
+                yield waiting.result()
             waiting.cancel()
             while not lines.empty():
                 yield lines.get_nowait()
