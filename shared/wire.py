@@ -13,9 +13,15 @@ from shared.tree import RolloutTree
 
 
 class WireModel(BaseModel):
-    """Base of every model on the wire: frozen; unknown fields, other types and numbers that are none refused."""
+    """Base of every model on the wire: frozen, unknown fields refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RequestModel(WireModel):
+    """Base of what clients send: other types, such as "5" for 5, and numbers that are none are refused too."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
 
 MOST_TOKENS = 2**31 - 1
@@ -25,7 +31,7 @@ LONGEST_STOP = 200
 Count = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
 
 
-class TreePlan(WireModel):
+class TreePlan(RequestModel):
     """SPO-tree: `branch_factors[d]` children for each live node at depth d."""
 
     kind: Literal["tree"] = "tree"
@@ -37,14 +43,14 @@ class TreePlan(WireModel):
     )
 
 
-class FixedPartition(WireModel):
+class FixedPartition(RequestModel):
     """A boundary at the prompt and after every `tokens` tokens."""
 
     kind: Literal["fixed"] = "fixed"
     tokens: Count = Field(description="M, tokens of a segment.")
 
 
-class CutpointsPartition(WireModel):
+class CutpointsPartition(RequestModel):
     """SPO-chain: a boundary before every `interval`-th cutpoint, starting with the first."""
 
     kind: Literal["cutpoints"] = "cutpoints"
@@ -54,14 +60,14 @@ class CutpointsPartition(WireModel):
     interval: Count = Field(default=5, description="Cutpoints from one boundary to the next.")
 
 
-class DelimiterPartition(WireModel):
+class DelimiterPartition(RequestModel):
     """VinePPO's steps: a boundary at the prompt and after each occurrence of a text."""
 
     kind: Literal["delimiter"] = "delimiter"
     delimiter: str = Field(default="\n", min_length=1, max_length=LONGEST_STOP)
 
 
-class WholePartition(WireModel):
+class WholePartition(RequestModel):
     """One segment: the prompt is the only boundary."""
 
     kind: Literal["whole"] = "whole"
@@ -73,7 +79,7 @@ Partition = Annotated[
 ]
 
 
-class ChainPlan(WireModel):
+class ChainPlan(RequestModel):
     """SPO-chain, VinePPO: whole responses, and Monte Carlo rollouts from the boundaries in them.
 
     A response is a chain of nodes of role `segment`, one for each segment. Where a segment ends at a boundary, its
@@ -88,7 +94,7 @@ class ChainPlan(WireModel):
     value_rollouts: int = Field(ge=1, le=4096, description="N, rollouts for each boundary.")
 
 
-class GroupPlan(WireModel):
+class GroupPlan(RequestModel):
     """GRPO, RLOO, PPO: `samples` independent whole responses."""
 
     kind: Literal["group"] = "group"
@@ -116,7 +122,7 @@ def field_path(location: Sequence[int | str]) -> str:
     )
 
 
-class Sampling(WireModel):
+class Sampling(RequestModel):
     """How tokens are drawn."""
 
     temperature: float = Field(
@@ -131,7 +137,7 @@ class Sampling(WireModel):
     seed: int | None = Field(default=None, ge=0, lt=2**63)
 
 
-class Savings(WireModel):
+class Savings(RequestModel):
     """Early decisions that save tokens, for plans `tree` and `group`; all are off by default."""
 
     settle_after: int | None = Field(
@@ -161,7 +167,7 @@ class Savings(WireModel):
         return self.settle_after is not None or self.probe is not None
 
 
-class Reward(WireModel):
+class Reward(RequestModel):
     """Which reward function grades the leaves, and against what."""
 
     name: str = Field(min_length=1, max_length=200)
@@ -172,7 +178,7 @@ class Reward(WireModel):
     )
 
 
-class Message(WireModel):
+class Message(RequestModel):
     """One chat message."""
 
     role: str = Field(min_length=1, max_length=64)
@@ -189,7 +195,7 @@ def _exactly_one(**types: str) -> dict[str, Any]:
     }
 
 
-class RolloutTreeRequest(WireModel):
+class RolloutTreeRequest(RequestModel):
     """One prompt, one tree."""
 
     model_config = ConfigDict(

@@ -383,7 +383,7 @@ def test_a_pickle_is_not_opened(bounded: ServerProcess, tmp_path: Path) -> None:
 
 
 def test_no_source_file_unpickles_or_evaluates() -> None:
-    """But for the pipe to a reward process: the server pickles a question's texts for it, and unpickles nothing."""
+    """But for the pipe to a reward process: the server pickles questions for it, and unpickles nothing."""
     ours = {"server/rewards/process.py: pickle", "server/rewards/worker.py: pickle"}
     modules = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve", "joblib", "yaml"}
     calls = {"eval", "exec", "compile", "__import__"}
