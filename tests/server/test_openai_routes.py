@@ -121,3 +121,16 @@ def test_what_a_completion_can_cost(body: Any, nodes: int, tokens: int) -> None:
 
 def test_what_is_no_object_costs_nothing() -> None:
     assert cost("/v1/completions", ["{"], 512) == Cost(nodes=0, tokens=0)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"{", b"[" * 50_000, b'{"stop": ["\\ud800"]}', b'{"n": 1, "n": 2}', b'{"n": NaN}', b"\xff"],
+    ids=str,
+)
+async def test_what_is_no_json_never_arrives(content: bytes) -> None:
+    async with forwarded(lambda cost: contextlib.nullcontext()) as client:
+        answer = await client.post("/v1/completions", content=content)
+        assert (answer.status_code, answer.json()["field"]) == (400, "body")
+        assert answer.headers["content-type"] == "application/problem+json"
+        assert (await client.post("/v1/completions", content=b"{}")).status_code == 200
