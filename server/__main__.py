@@ -6,12 +6,15 @@ Imports little at the top: `--help` answers at once.
 import argparse
 import asyncio
 import contextlib
+import os
 import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shared.errors import ConfigError, SpokeError
+from shared.redis_url import VARIABLE, from_command_line
 
 if TYPE_CHECKING:
     from server.rewards.limits import HttpLimits
@@ -46,10 +49,12 @@ def parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=None, help="of the engine; requests may bring their own")
     add("--host", default="127.0.0.1")
     add("--port", type=int, default=8000, help="0 takes a free one")
+    _add_bounds(add)
     add(
         "--redis-url",
         default=None,
-        help="follow a run's weights; without it the checkpoint is served alone",
+        help="follow a run's weights; without it the checkpoint is served alone; one with a "
+        "password goes into SPOKE_REDIS_URL",
     )
     add("--run", default="default", help="name of the run to follow")
     add(
@@ -103,6 +108,26 @@ def parser() -> argparse.ArgumentParser:
     return parse
 
 
+def _add_bounds(add: Callable[..., object]) -> None:
+    """Who may ask, and for how much."""
+    add(
+        "--auth",
+        choices=["auto", "on", "off"],
+        default="auto",
+        help="ask for bearer tokens: auto does where there are any, and refuses to listen beyond "
+        "loopback without",
+    )
+    add(
+        "--tokens-file",
+        type=Path,
+        default=None,
+        help="TOKEN scope[,scope…] a line, scopes rollout, admin, metrics; also in SPOKE_TOKENS",
+    )
+    add("--max-body-mib", type=float, default=16.0, help="of a request's body")
+    add("--max-depth", type=int, default=16, help="levels of a tree plan")
+    add("--max-leaves", type=int, default=16384, help="of a request's plan")
+
+
 def settings(arguments: Sequence[str] | None) -> "ServerSettings":
     """Settings from the command line.
 
@@ -110,7 +135,9 @@ def settings(arguments: Sequence[str] | None) -> "ServerSettings":
         ConfigError: an argument cannot be used.
     """
     args = parser().parse_args(arguments)
+    from server.auth import AuthMode, enforced, load_tokens
     from server.engines.settings import EngineSettings
+    from server.limits import Limits
     from server.settings import ServerSettings
 
     rewards = []
@@ -119,6 +146,8 @@ def settings(arguments: Sequence[str] | None) -> "ServerSettings":
         if not (name and equals and ":" in path):
             raise ConfigError(f"--reward {text}: write NAME=MODULE:FUNCTION or NAME=URL")
         rewards.append((name, path))
+    redis_url = from_command_line(args.redis_url, "--redis-url", os.environ)
+    os.environ.pop(VARIABLE, None)  # no child process, such as a reward function's, has it
     own = {} if args.server_id is None else {"server_id": args.server_id}
     return ServerSettings(
         engine=args.engine,
@@ -135,7 +164,13 @@ def settings(arguments: Sequence[str] | None) -> "ServerSettings":
         ),
         host=args.host,
         port=args.port,
-        redis_url=args.redis_url,
+        auth=AuthMode(args.auth),
+        tokens=enforced(AuthMode(args.auth), args.host, load_tokens(args.tokens_file, os.environ)),
+        tokens_file=args.tokens_file,
+        limits=Limits(
+            body_bytes=int(args.max_body_mib * 2**20), depth=args.max_depth, leaves=args.max_leaves
+        ),
+        redis_url=redis_url,
         run=args.run,
         store=args.store,
         advertise_url=args.advertise_url,

@@ -2,49 +2,40 @@
 
 import asyncio
 import contextlib
-import math
 from collections.abc import AsyncIterator, Callable
-from typing import Any
+from dataclasses import asdict
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request
+from fastapi import Body, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
+from server.auth import TokenTable
+from server.body import BodyLimit, StrictRoute
 from server.connection import ClientGoneError, while_connected
 from server.costs import Cost
+from server.details import for_caller
 from server.engines.base import Engine
+from server.guard import Guard
+from server.limits import Limits
 from server.metrics import Metrics
 from server.openai_routes import MISSING, add_openai_routes
+from server.openapi import REQUEST_EXAMPLES, document, refusals
+from server.problems import problem
 from server.respond import CONTENT, tree_response
 from server.service import RolloutService, Status
 from server.streaming import node_stream
 from shared.codec import MediaType, choose
 from shared.errors import BusyError, EngineError, RequestError
-from shared.wire import Problem, RolloutTreeRequest, RolloutTreeResponse, field_path
+from shared.wire import RolloutTreeRequest, RolloutTreeResponse, field_path
 
-RETRY_AFTER_S = 1
 LOGPROBS = (
     "log-probability (nats) of each token under the distribution it was sampled from: after temperature, "
     "renormalised where top_p or top_k truncates it; at temperature 0 that of temperature 1"
 )
-TITLES = {
-    400: "Bad request",
-    404: "Not found",
-    405: "Method not allowed",
-    406: "Not acceptable",
-    409: "Conflict",
-    413: "Too large",
-    422: "Request cannot be served",
-    429: "Server full",
-    503: "Not ready",
-}
-_PROBLEMS: dict[int | str, dict[str, Any]] = {
-    status: {"model": Problem, "description": TITLES[status]}
-    for status in (400, 406, 409, 413, 422, 429, 503)
-}
 
 
 class Holder:
@@ -76,26 +67,6 @@ class Holder:
         self.metrics.watch_state(lambda: status.state)
 
 
-def problem(
-    status: int,
-    detail: str,
-    *,
-    field: str | None = None,
-    request_id: str | None = None,
-    retry_after_s: float = RETRY_AFTER_S,
-) -> Response:
-    """A problem document as a response; 429 and 503 carry Retry-After."""
-    title = TITLES.get(status, "Error")
-    body = Problem(title=title, status=status, detail=detail, field=field, request_id=request_id)
-    headers = {"Retry-After": str(math.ceil(retry_after_s))} if status in (429, 503) else {}
-    return JSONResponse(
-        body.model_dump(exclude_none=True),
-        status_code=status,
-        headers=headers,
-        media_type="application/problem+json",
-    )
-
-
 async def alive(engine: Engine, bound_s: float) -> None:
     """Ask the engine for a sign of life.
 
@@ -109,15 +80,28 @@ async def alive(engine: Engine, bound_s: float) -> None:
         raise EngineError(f"the engine gave no sign of life in {bound_s:g} s") from None
 
 
-def create_app(holder: Holder) -> FastAPI:
-    """The application around one server's holder."""
+def create_app(
+    holder: Holder, *, tokens: TokenTable | None = None, limits: Limits | None = None
+) -> FastAPI:
+    """The application around one server's holder.
+
+    Args:
+        holder: what the routes reach.
+        tokens: that requests must bring; None asks for none.
+        limits: of a request; None for the usual ones.
+    """
+    limits = limits or Limits()
     app = FastAPI(title="Spoke rollout server", version="0.1.0", docs_url="/docs", redoc_url=None)
-    _add_routes(app, holder)
+    app.router.route_class = StrictRoute
+    _add_routes(app, holder, limits)
     _add_error_handlers(app)
+    app.add_middleware(BodyLimit, limits=limits)
+    app.add_middleware(Guard, tokens=tokens)  # the last one added is the first that a request meets
+    app.openapi = lambda: document(app)  # type: ignore[method-assign]  # FastAPI's documented way
     return app
 
 
-def _add_routes(app: FastAPI, holder: Holder) -> None:
+def _add_routes(app: FastAPI, holder: Holder, limits: Limits) -> None:
     status = holder.status
 
     def service() -> RolloutService:
@@ -128,10 +112,15 @@ def _add_routes(app: FastAPI, holder: Holder) -> None:
     answers: dict[int | str, dict[str, Any]] = {
         200: {"model": RolloutTreeResponse, "content": CONTENT}
     }
+    refused = refusals(406, 409, 413, 415, 422, 429, 503)
 
-    @app.post("/rollout_tree", response_class=Response, responses=_PROBLEMS | answers)
-    async def rollout_tree(body: RolloutTreeRequest, request: Request) -> Response:
+    @app.post("/rollout_tree", response_class=Response, responses=refused | answers)
+    async def rollout_tree(
+        body: Annotated[RolloutTreeRequest, Body(openapi_examples=REQUEST_EXAMPLES)],
+        request: Request,
+    ) -> Response:
         """Sample one tree of continuations, grade its leaves and back their values up."""
+        limits.check(body)
         accept, encoding = (
             ", ".join(request.headers.getlist(name)) for name in ("accept", "accept-encoding")
         )
@@ -140,9 +129,9 @@ def _add_routes(app: FastAPI, holder: Holder) -> None:
             if media is MediaType.NDJSON:
                 return await node_stream(request, service(), body)
             tree = await while_connected(request, service().rollout_tree(body))
-            return await tree_response(tree, media, encoding)
+            return await tree_response(for_caller(request, tree), media, encoding)
 
-    @app.get("/livez", responses={503: _PROBLEMS[503]})
+    @app.get("/livez", responses=refusals(503))
     async def livez() -> dict[str, str]:
         """The process answers, and so does the engine once it is loaded."""
         if holder.service is not None:
@@ -154,12 +143,12 @@ def _add_routes(app: FastAPI, holder: Holder) -> None:
         """Prometheus metrics."""
         return Response(holder.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get("/readyz", responses={503: _PROBLEMS[503]})
+    @app.get("/readyz", responses=refusals(503))
     async def readyz() -> dict[str, Any]:
         """The model is loaded and its weights may be served."""
         return {"status": status.state, "version": service().engine.version}
 
-    @app.get("/info", responses={503: _PROBLEMS[503]})
+    @app.get("/info", responses=refusals(503))
     async def info() -> dict[str, Any]:
         """Model, engine, limits, weight version and logprob convention."""
         if holder.service is None:
@@ -176,6 +165,7 @@ def _add_routes(app: FastAPI, holder: Holder) -> None:
             "vocab_size": about.vocab_size,
             "eos_token_ids": list(about.eos_token_ids),
             "limits": {
+                **asdict(limits),
                 "max_model_len": about.max_model_len,
                 "max_batch": about.max_batch,
                 "kv_tokens": about.kv_tokens,
@@ -224,6 +214,9 @@ def _add_error_handlers(app: FastAPI) -> None:
         first = error.errors()[0]
         if first["type"] == "json_invalid":
             return problem(400, f"the body is not JSON: {first['ctx']['error']}", field="body")
+        if isinstance(error.body, bytes):  # FastAPI reads no other kind
+            detail = "body: send JSON with Content-Type: application/json"
+            return problem(415, detail, field="body")
         field, detail = _describe(first)
         return problem(422, detail, field=field, request_id=_request_id(error.body))
 
@@ -245,7 +238,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
-        return problem(error.status_code, str(error.detail))
+        return problem(error.status_code, str(error.detail), headers=error.headers)
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> Response:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from server.branches import Branch, walk
+from server.details import unquoted
 from server.rewards.pool import RewardPool
 from server.tokens import Tokens
 from shared.tree import FinishReason
@@ -48,7 +49,8 @@ class Grading:
         finished = [leaf for leaf in leaves if leaf not in self.grades and not self._known(leaf)]
         texts = [self.tokens.decode(leaf.response) for leaf in finished]
         reward = self.reward
-        graded = await self.rewards.grade(reward.name, texts, reward.reference, reward.options)
+        with unquoted(reward):
+            graded = await self.rewards.grade(reward.name, texts, reward.reference, reward.options)
         for leaf, given in zip(finished, graded, strict=True):
             self.grades[leaf] = Graded(given.reward, given.error)
         return [self.grades[leaf] for leaf in leaves]

@@ -14,7 +14,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.body import strict_json
 from server.costs import Cost
+from shared.errors import RequestError
 
 ROUTES = {"/v1/models": "GET", "/v1/completions": "POST", "/v1/chat/completions": "POST"}
 """All that is forwarded; whatever else the engine's application may have is not reached."""
@@ -47,7 +49,12 @@ class Forward:
             body = await Request(scope, receive).body()
         except ClientDisconnect:
             return
-        async with self._enter(cost(scope["path"], body, context)):
+        try:
+            asked = strict_json(body) if body else None
+        except json.JSONDecodeError as error:
+            # What the application would let through: half a character fails in the engine.
+            raise RequestError("body", f"it is not JSON: {error.msg}", status=400) from None
+        async with self._enter(cost(scope["path"], asked, context)):
             # A copy: the application writes itself into the scope.
             await app(dict(scope), _again(body, receive), send)
 
@@ -58,20 +65,16 @@ def add_openai_routes(app: FastAPI, target: Target, enter: Enter) -> None:
     app.router.routes.extend(Route(path, forward, methods=[verb]) for path, verb in ROUTES.items())
 
 
-def cost(path: str, body: bytes, context: int) -> Cost:
+def cost(path: str, asked: Any, context: int) -> Cost:  # noqa: ANN401 - whatever the caller sent
     """The most that a request can come to; nothing, where it asks for nothing that the engine would sample.
 
-    >>> cost("/v1/completions", b'{"prompt": ["a", "b"], "n": 3, "max_tokens": 10}', 512)
+    >>> cost("/v1/completions", {"prompt": ["a", "b"], "n": 3, "max_tokens": 10}, 512)
     Cost(nodes=6, tokens=60)
-    >>> cost("/v1/chat/completions", b'{"messages": []}', 512)
+    >>> cost("/v1/chat/completions", {"messages": []}, 512)
     Cost(nodes=1, tokens=512)
-    >>> cost("/v1/models", b"", 512)
+    >>> cost("/v1/models", None, 512)
     Cost(nodes=0, tokens=0)
     """
-    try:
-        asked = json.loads(body)
-    except ValueError:
-        asked = None
     if not isinstance(asked, dict):
         return Cost(nodes=0, tokens=0)
     prompts: Any = asked.get("prompt")

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 
 from server.admission import Gate, capacity
 from server.app import Holder, alive, create_app
+from server.auth import log_auth
 from server.costs import Cost
 from server.engines import EngineName, choose, open_engine
 from server.engines.base import Engine, SpeaksOpenAI
@@ -57,11 +58,12 @@ async def serve(settings: ServerSettings, listener: socket.socket) -> int:
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
+    log_auth(settings.auth, settings.host, settings.tokens, settings.tokens_file)
     check_model(settings.engine_settings.model)
     status = Status(server_id=settings.server_id)
     holder = Holder(status, liveness_s=settings.liveness_s)
     config = uvicorn.Config(
-        create_app(holder),
+        create_app(holder, tokens=settings.tokens, limits=settings.limits),
         log_level="warning",
         timeout_graceful_shutdown=HAND_BACK_S,
         lifespan="off",

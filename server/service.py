@@ -18,6 +18,7 @@ from server.answer import wire_nodes
 from server.branches import Branch
 from server.continuations import Continuations
 from server.costs import Cost, most, over_budget
+from server.details import unquoted
 from server.engines.base import Engine
 from server.grading import Grading
 from server.idempotency import OnlyOnce
@@ -37,6 +38,8 @@ from shared.wire import (
     WeightVersions,
 )
 
+TOKEN_CHARS = 256
+"""No tokenizer's longest token has more characters."""
 Tell = Callable[[Path, Branch], None]
 """Is told of each node when it is finished: its sibling positions from the prompt, and the node."""
 TOKEN_BYTES = 72
@@ -182,7 +185,8 @@ class RolloutService:
             raise over_budget(cost, self.budget)
         if request.reward is not None:
             reward = request.reward
-            await self.rewards.check(reward.name, reward.reference, reward.options)
+            with unquoted(reward):
+                await self.rewards.check(reward.name, reward.reference, reward.options)
         return prompt
 
     def _most(self, request: RolloutTreeRequest, prompt: tuple[int, ...]) -> Cost:
@@ -191,8 +195,20 @@ class RolloutService:
         probe = request.savings.probe or 0
         return Cost(nodes=cost.nodes + probe, tokens=cost.tokens + probe * room)
 
+    def _check_characters(self, request: RolloutTreeRequest) -> None:
+        """Refuse what cannot fit the context before it is tokenised, which takes time."""
+        context = self.engine.info.max_model_len
+        chat = sum(len(message.content) for message in request.messages or ())
+        for name, characters in (("prompt", len(request.prompt or "")), ("messages", chat)):
+            if characters > context * TOKEN_CHARS:
+                detail = (
+                    f"{characters} characters cannot fit a context of {context} tokens; shorten it"
+                )
+                raise RequestError(name, detail)
+
     def _prompt(self, request: RolloutTreeRequest) -> tuple[int, ...]:
         """[P] token ids of the prompt, checked against the engine's limits."""
+        self._check_characters(request)
         if request.prompt is not None:
             name, ids = "prompt", self.tokens.encode(request.prompt)
         elif request.messages is not None:

@@ -4,8 +4,11 @@ import os
 import socket
 import uuid
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from server.auth import AuthMode, TokenTable
 from server.engines.settings import EngineSettings
+from server.limits import Limits
 from server.rewards.limits import HttpLimits
 
 
@@ -23,7 +26,13 @@ class ServerSettings:
     host: str = "127.0.0.1"
     port: int = 8000
     """0 takes a free one."""
-    redis_url: str | None = None
+    auth: AuthMode = AuthMode.AUTO
+    tokens: TokenTable | None = None
+    """Asked for by the guard; None lets everybody in."""
+    tokens_file: Path | None = None
+    """Where some of them came from."""
+    limits: Limits = field(default_factory=Limits)
+    redis_url: str | None = field(default=None, repr=False)
     """None: serve the checkpoint alone and follow nobody."""
     run: str = "default"
     store: str | None = None

@@ -14,6 +14,7 @@ from starlette.responses import Response, StreamingResponse
 from server.answer import branch_line
 from server.branches import Branch
 from server.connection import ClientGoneError, gone
+from server.details import for_caller
 from server.sampler import Path
 from server.service import RolloutService
 from shared.codec import MediaType
@@ -40,7 +41,10 @@ async def node_stream(
         sent.add(line.key)
         lines.put_nowait(dump(line))
 
-    tree = asyncio.ensure_future(service.rollout_tree(body, tell))
+    async def whole() -> RolloutTreeResponse:
+        return for_caller(request, await service.rollout_tree(body, tell))
+
+    tree = asyncio.ensure_future(whole())
     first = asyncio.ensure_future(lines.get())
     away = asyncio.ensure_future(gone(request))
     try:

@@ -8,7 +8,6 @@ import asyncio
 from collections.abc import Awaitable, Sequence
 from importlib.resources import files
 from typing import Any, Protocol, TypeVar
-from urllib.parse import urlsplit
 
 import redis.asyncio
 from redis.exceptions import RedisError
@@ -16,6 +15,7 @@ from redis.exceptions import RedisError
 from shared.errors import ConfigError, CoordinationError, LeaseError
 from shared.fleet import Head, ServerRecord
 from shared.keys import Keys
+from shared.redis_url import redacted
 
 T = TypeVar("T")
 
@@ -68,16 +68,6 @@ class Coordinator(Protocol):
         ...
 
 
-def redacted(url: str) -> str:
-    """A Redis URL without user and password.
-
-    >>> redacted("redis://:secret@10.0.0.1:6379/0")
-    'redis://10.0.0.1:6379/0'
-    """
-    parts = urlsplit(url)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-
-
 class RedisCoordinator:
     """A `Coordinator` on one Redis.
 
@@ -102,8 +92,11 @@ class RedisCoordinator:
                 socket_timeout=CALL_S,
                 socket_connect_timeout=CALL_S,
             )
-        except ValueError as error:
-            raise ConfigError(f"--redis-url {redacted(url)}: {error}") from None
+        except ValueError:  # its text may quote a part of the password
+            raise ConfigError(
+                f"--redis-url {redacted(url)}: write redis://, rediss:// or unix://, then HOST:PORT/NUMBER; "
+                "/ ? # and @ in a password are %2F %3F %23 and %40"
+            ) from None
         self._where = redacted(url)
         scripts = files("shared") / "lua"
         self._acquire, self._renew, self._announce = (

@@ -18,15 +18,28 @@ class WireModel(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class TreePlan(WireModel):
+class RequestModel(WireModel):
+    """Base of what clients send: other types, such as "5" for 5, and numbers that are none are refused too."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+MOST_TOKENS = 2**31 - 1
+"""No count of tokens is larger: engines keep them in 32 bits."""
+LONGEST_STOP = 200
+"""Characters of a stop string or a delimiter."""
+Count = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
+
+
+class TreePlan(RequestModel):
     """SPO-tree: `branch_factors[d]` children for each live node at depth d."""
 
     kind: Literal["tree"] = "tree"
     branch_factors: list[Annotated[int, Field(ge=1, le=256)]] = Field(
         min_length=1, max_length=16, description="Children of each live node, by depth."
     )
-    segment_tokens: int = Field(
-        ge=1, description="Most tokens of a segment; children at the last depth run to their end."
+    segment_tokens: Count = Field(
+        description="Most tokens of a segment; children at the last depth run to their end."
     )
     align: bool = Field(
         default=False,
@@ -35,31 +48,31 @@ class TreePlan(WireModel):
     )
 
 
-class FixedPartition(WireModel):
+class FixedPartition(RequestModel):
     """A boundary at the prompt and after every `tokens` tokens."""
 
     kind: Literal["fixed"] = "fixed"
-    tokens: int = Field(ge=1, description="M, tokens of a segment.")
+    tokens: Count = Field(description="M, tokens of a segment.")
 
 
-class CutpointsPartition(WireModel):
+class CutpointsPartition(RequestModel):
     """SPO-chain: a boundary before every `interval`-th cutpoint, starting with the first."""
 
     kind: Literal["cutpoints"] = "cutpoints"
     threshold: float = Field(
         default=0.9, gt=0.0, le=1.0, description="rho: a cutpoint's behaviour probability is below."
     )
-    interval: int = Field(default=5, ge=1, description="Cutpoints from one boundary to the next.")
+    interval: Count = Field(default=5, description="Cutpoints from one boundary to the next.")
 
 
-class DelimiterPartition(WireModel):
+class DelimiterPartition(RequestModel):
     """VinePPO's steps: a boundary at the prompt and after each occurrence of a text."""
 
     kind: Literal["delimiter"] = "delimiter"
-    delimiter: str = Field(default="\n", min_length=1)
+    delimiter: str = Field(default="\n", min_length=1, max_length=LONGEST_STOP)
 
 
-class WholePartition(WireModel):
+class WholePartition(RequestModel):
     """One segment: the prompt is the only boundary."""
 
     kind: Literal["whole"] = "whole"
@@ -71,7 +84,7 @@ Partition = Annotated[
 ]
 
 
-class ChainPlan(WireModel):
+class ChainPlan(RequestModel):
     """SPO-chain, VinePPO: whole responses, and Monte Carlo rollouts from the boundaries in them.
 
     A response is a chain of nodes of role `segment`, one for each segment. Where a segment ends at a boundary, its
@@ -86,7 +99,7 @@ class ChainPlan(WireModel):
     value_rollouts: int = Field(ge=1, le=4096, description="N, rollouts for each boundary.")
 
 
-class GroupPlan(WireModel):
+class GroupPlan(RequestModel):
     """GRPO, RLOO, PPO: `samples` independent whole responses."""
 
     kind: Literal["group"] = "group"
@@ -114,22 +127,22 @@ def field_path(location: Sequence[int | str]) -> str:
     )
 
 
-class Sampling(WireModel):
+class Sampling(RequestModel):
     """How tokens are drawn."""
 
     temperature: float = Field(
         default=1.0, ge=0.0, le=2.0, description="0 is greedy; vLLM takes at most 2."
     )
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    top_k: int = Field(default=0, ge=0, description="0 is off.")
-    max_tokens: int = Field(
-        default=1024, ge=1, description="Bound of the response, prompt to leaf."
+    top_k: int = Field(default=0, ge=0, le=MOST_TOKENS, description="0 is off.")
+    max_tokens: Count = Field(default=1024, description="Bound of the response, prompt to leaf.")
+    stop: list[Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]] = Field(
+        default_factory=list, max_length=16
     )
-    stop: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list, max_length=16)
     seed: int | None = Field(default=None, ge=0, lt=2**63)
 
 
-class Savings(WireModel):
+class Savings(RequestModel):
     """Early decisions that save tokens, for plans `tree` and `group`; all are off by default."""
 
     settle_after: int | None = Field(
@@ -159,10 +172,10 @@ class Savings(WireModel):
         return self.settle_after is not None or self.probe is not None
 
 
-class Reward(WireModel):
+class Reward(RequestModel):
     """Which reward function grades the leaves, and against what."""
 
-    name: str = Field(min_length=1)
+    name: str = Field(min_length=1, max_length=200)
     reference: str = ""
     options: dict[str, Any] = Field(
         default_factory=dict,
@@ -170,25 +183,41 @@ class Reward(WireModel):
     )
 
 
-class Message(WireModel):
+class Message(RequestModel):
     """One chat message."""
 
-    role: str = Field(min_length=1)
+    role: str = Field(min_length=1, max_length=64)
     content: str
 
 
-class RolloutTreeRequest(WireModel):
+def _exactly_one(**types: str) -> dict[str, Any]:
+    """JSON schema: one of some properties is there and not null."""
+    return {
+        "oneOf": [
+            {"required": [name], "properties": {name: {"type": kind}}}
+            for name, kind in types.items()
+        ]
+    }
+
+
+class RolloutTreeRequest(RequestModel):
     """One prompt, one tree."""
+
+    model_config = ConfigDict(
+        json_schema_extra=_exactly_one(prompt="string", messages="array", prompt_token_ids="array")
+    )
 
     request_id: str | None = Field(default=None, min_length=1, max_length=200)
     prompt: str | None = None
     messages: list[Message] | None = Field(default=None, min_length=1)
-    prompt_token_ids: list[Annotated[int, Field(ge=0)]] | None = Field(default=None, min_length=1)
+    prompt_token_ids: list[Annotated[int, Field(ge=0, le=MOST_TOKENS)]] | None = Field(
+        default=None, min_length=1
+    )
     plan: Plan
     sampling: Sampling = Sampling()
     reward: Reward | None = Field(default=None, description="Without one, leaves carry no reward.")
     savings: Savings = Savings()
-    min_weight_version: int = Field(default=0, ge=0)
+    min_weight_version: int = Field(default=0, ge=0, lt=2**63)
     return_text: bool = True
 
     @model_validator(mode="after")

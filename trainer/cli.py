@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from shared.errors import SpokeError
+from shared.redis_url import VARIABLE, from_command_line
 
 REDIS_URL = "redis://127.0.0.1:6379/0"
 
@@ -80,11 +81,18 @@ def _add_compare(parse: argparse.ArgumentParser) -> None:
     _add_overrides(parse)
 
 
+def _add_redis(parse: argparse.ArgumentParser, when: str = "") -> None:
+    parse.add_argument(
+        "--redis-url", default=None,
+        help=f"{when}one with a password goes into {VARIABLE} (default: {VARIABLE}, else {REDIS_URL})",
+    )  # fmt: skip
+
+
 def _add_where(parse: argparse.ArgumentParser) -> None:
     where = parse.add_mutually_exclusive_group(required=True)
     where.add_argument("--server", metavar="URL", help="one server, such as http://127.0.0.1:8000")
     where.add_argument("--run", metavar="NAME", help="the servers of a run, found in Redis")
-    parse.add_argument("--redis-url", default=REDIS_URL, help="with --run (%(default)s)")
+    _add_redis(parse, "with --run; ")
 
 
 def _add_sampling(
@@ -174,13 +182,13 @@ def _add_inspect(parse: argparse.ArgumentParser) -> None:
 
 
 def _add_fleet(parse: argparse.ArgumentParser) -> None:
-    parse.add_argument("--redis-url", default=REDIS_URL)
+    _add_redis(parse)
     parse.add_argument("--run", required=True)
 
 
 def _add_push(parse: argparse.ArgumentParser) -> None:
     parse.add_argument("model", metavar="MODEL_DIR", help="checkpoint in Hugging Face format")
-    parse.add_argument("--redis-url", default=REDIS_URL)
+    _add_redis(parse)
     parse.add_argument("--run", required=True)
     parse.add_argument(
         "--store", required=True, help="weight store, any fsspec URL that the servers reach"
@@ -209,6 +217,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # The libraries' own bars would write over ours.
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     try:
+        if "redis_url" in args:
+            args.redis_url = (
+                from_command_line(args.redis_url, "--redis-url", os.environ) or REDIS_URL
+            )
         command = importlib.import_module(f"trainer.commands.{args.command}")
         code: int = command.run(args)
     except SpokeError as error:

@@ -1,6 +1,7 @@
 """One settings tree for a training run, read from TOML; unknown keys name the nearest known one."""
 
 import difflib
+import os
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from pydantic import BaseModel, ValidationError, field_validator, model_validato
 
 from shared.errors import ConfigError
 from shared.manifest import check_run_name
+from shared.redis_url import VARIABLE, refuse_password
 from shared.wire import ChainPlan, TreePlan, field_path
 from trainer.algorithms.base import AlgorithmName, AlgorithmSettings
 from trainer.settings import (
@@ -128,7 +130,7 @@ class TrainSettings(Settings):
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> TrainSettings:
-    """Read a configuration file and apply `--set` overrides.
+    """Read a configuration file and apply `--set` overrides, the environment's `SPOKE_REDIS_URL` between them.
 
     Args:
         path: a TOML file; `base = "other.toml"` at its top takes that file's settings first.
@@ -138,7 +140,11 @@ def load(path: Path, overrides: Sequence[str] = ()) -> TrainSettings:
         ConfigError: the file, a key or a value cannot be used; it names the key and the remedy.
     """
     raw = _read(path)
+    fleet = raw.setdefault("fleet", {})
+    if (url := os.environ.get(VARIABLE)) and isinstance(fleet, dict):
+        fleet["redis_url"] = url
     for override in overrides:
+        refuse_password(override, "--set fleet.redis_url")
         apply_override(raw, override)
     raw = with_preset(raw)
     try:

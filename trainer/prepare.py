@@ -95,7 +95,8 @@ async def connect(
     fleet_settings = settings.fleet
     if fleet_settings.redis_url is None:
         raise ConfigError(
-            "fleet.redis_url: training needs a Redis; set it with --set fleet.redis_url=redis://…"
+            "fleet.redis_url: training needs a Redis; set it with --set fleet.redis_url=redis://…, "
+            "or SPOKE_REDIS_URL"
         )
     url = fleet_settings.store or f"file://{(folder / 'weights').resolve()}"
     store = FsspecStore(url, settings.run)

@@ -3,8 +3,9 @@
 from enum import StrEnum
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator
 
+from shared.redis_url import redacted
 from shared.wire import Plan
 
 
@@ -198,7 +199,8 @@ class TrainerSettings(OptimizerSettings):
 class FleetSettings(Settings):
     """Where the servers are and how versions reach them."""
 
-    redis_url: str | None = None
+    redis_url: str | None = Field(default=None, repr=False)
+    """May carry a password, which no run folder gets; `SPOKE_REDIS_URL` goes before it."""
     store: str | None = None
     """Weight store, any fsspec URL; None is `weights` in the run folder, for servers on this machine."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
@@ -207,6 +209,10 @@ class FleetSettings(Settings):
     wait_s: float = Field(default=300.0, gt=0.0)
     """Bound of a wait for servers or for a version."""
     keep_versions: int = Field(default=3, ge=1)
+
+    @field_serializer("redis_url")
+    def _without_password(self, url: str | None) -> str | None:
+        return url and redacted(url)
 
 
 class EvaluationSettings(Settings):

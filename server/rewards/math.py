@@ -71,7 +71,7 @@ def _reference(reference: str) -> tuple[str, list[Any]]:
     if not gold:
         raise RequestError(
             "reward.reference",
-            f"math cannot read {reference[:80]!r}; give LaTeX such as '\\frac{{1}}{{2}}', or '\\boxed{{...}}'",
+            "math cannot read it; give LaTeX such as '\\frac{1}{2}', or '\\boxed{...}'",
         )
     return bare, gold
 

@@ -1,7 +1,6 @@
 """The OpenAI routes as the server sees them: forwarded, refused, counted. They themselves are vLLM's."""
 
 import contextlib
-import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -116,9 +115,22 @@ async def test_a_full_server_is_a_429_before_the_request_is_read_by_the_engine()
     ids=str,
 )
 def test_what_a_completion_can_cost(body: Any, nodes: int, tokens: int) -> None:
-    found = cost("/v1/completions", json.dumps(body).encode(), 512)
+    found = cost("/v1/completions", body, 512)
     assert found == Cost(nodes=nodes, tokens=tokens)
 
 
-def test_what_is_no_json_costs_nothing() -> None:
-    assert cost("/v1/completions", b"{", 512) == Cost(nodes=0, tokens=0)
+def test_what_is_no_object_costs_nothing() -> None:
+    assert cost("/v1/completions", ["{"], 512) == Cost(nodes=0, tokens=0)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"{", b"[" * 50_000, b'{"stop": ["\\ud800"]}', b'{"n": 1, "n": 2}', b'{"n": NaN}', b"\xff"],
+    ids=str,
+)
+async def test_what_is_no_json_never_arrives(content: bytes) -> None:
+    async with forwarded(lambda cost: contextlib.nullcontext()) as client:
+        answer = await client.post("/v1/completions", content=content)
+        assert (answer.status_code, answer.json()["field"]) == (400, "body")
+        assert answer.headers["content-type"] == "application/problem+json"
+        assert (await client.post("/v1/completions", content=b"{}")).status_code == 200
