@@ -21,7 +21,7 @@ from server.details import for_caller
 from server.engines.base import Engine
 from server.guard import Guard
 from server.limits import Limits
-from server.metrics import Metrics
+from server.metrics import Counted, Metrics
 from server.openai_routes import MISSING, add_openai_routes
 from server.openapi import REQUEST_EXAMPLES, document, refusals
 from server.problems import problem
@@ -96,7 +96,8 @@ def create_app(
     _add_routes(app, holder, limits)
     _add_error_handlers(app)
     app.add_middleware(BodyLimit, limits=limits)
-    app.add_middleware(Guard, tokens=tokens)  # the last one added is the first that a request meets
+    app.add_middleware(Guard, tokens=tokens)
+    app.add_middleware(Counted, metrics=holder.metrics)  # the last one added is met first
     app.openapi = lambda: document(app)  # type: ignore[method-assign]  # FastAPI's documented way
     return app
 

@@ -8,10 +8,12 @@ from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, Metric
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.rewards.pool import RewardPool
 from shared.fleet import ServerState
 
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 SECONDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 """Bounds of histograms of time."""
 
@@ -75,6 +77,35 @@ class Metrics:
     def text(self) -> bytes:
         """Everything, in the text format."""
         return generate_latest(self.registry)
+
+
+class Counted:
+    """ASGI middleware that counts requests by route, method and status.
+
+    Args:
+        app: answers.
+        metrics: counts.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app = app
+        self._requests = metrics.requests
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, and count how its answer begins."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def noting(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                # Paths that no route knows are one: anybody may invent them.
+                path = getattr(scope.get("route"), "path", "other")
+                known = scope["method"] if scope["method"] in METHODS else "other"
+                self._requests.labels(path, known, message["status"]).inc()
+            await send(message)
+
+        await self._app(scope, receive, noting)
 
 
 def _is(read: Callable[[], ServerState], state: ServerState) -> float:

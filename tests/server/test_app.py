@@ -115,6 +115,43 @@ async def test_a_seed_makes_a_tree_reproducible_under_load(client: httpx.AsyncCl
     assert len(set(leaves)) > 1
 
 
+async def test_metrics_tell_what_happened(client: httpx.AsyncClient) -> None:
+    async def values() -> dict[str, float]:
+        lines = (await client.get("/metrics")).text.splitlines()
+        pairs = [line.rpartition(" ") for line in lines if not line.startswith("#")]
+        return {name: float(value) for name, _, value in pairs}
+
+    before = await values()
+    made = await tree(client, request_id="metrics")
+    await tree(client, request_id="metrics")
+    assert (await client.post("/rollout_tree", json=body(plan={}))).status_code == 422
+    assert (await client.get("/no-such-path")).status_code == 404
+    after = await values()
+
+    def grown(name: str) -> float:
+        return after[name] - before.get(name, 0.0)
+
+    assert grown('spoke_trees_total{outcome="ok"}') == 1
+    assert grown('spoke_trees_total{outcome="repeated"}') == 1
+    assert grown("spoke_sampled_tokens_total") == made.usage.sampled_tokens
+    prefill = {
+        k: grown(f'spoke_prefill_tokens_total{{source="{k}"}}') for k in ("computed", "cached")
+    }
+    assert prefill == {
+        "computed": made.usage.computed_prefill_tokens,
+        "cached": made.usage.cached_tokens,
+    }
+    for name in ("queue", "first_node", "reward"):
+        assert grown(f"spoke_tree_{name}_seconds_count") == 1
+    assert grown('spoke_reward_leaves_total{reward="gsm8k"}') > 0
+    assert grown('spoke_http_requests_total{method="POST",path="/rollout_tree",status="200"}') == 2
+    assert grown('spoke_http_requests_total{method="POST",path="/rollout_tree",status="422"}') == 1
+    assert grown('spoke_http_requests_total{method="GET",path="other",status="404"}') == 1
+    assert after['spoke_state{state="ready"}'] == 1
+    assert after["spoke_weight_version"] == 0
+    assert after["spoke_trees_in_flight"] == after["spoke_trees_waiting"] == 0
+
+
 async def test_the_same_id_gives_the_same_tree(client: httpx.AsyncClient) -> None:
     sampling = {"max_tokens": 40}  # no seed: only the id can make them equal
     first, second = await asyncio.gather(
