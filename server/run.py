@@ -9,6 +9,7 @@ engine that is dead or gives no sign of life: a supervisor starts the server aga
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -179,6 +180,7 @@ async def _life(settings: ServerSettings, holder: Holder, url: str, stop: asynci
             follower = await _follower(settings, holder, service, coordinator, url, stack)
             await follower.catch_up()
         holder.service = service
+        settle_heap()
         log.info("%s serves version %d at %s", settings.server_id, engine.version, url)
         try:
             await _serve_until(stop, _watch(engine, settings.liveness_s), follower)
@@ -190,6 +192,12 @@ async def _life(settings: ServerSettings, holder: Holder, url: str, stop: asynci
                 with contextlib.suppress(SpokeError):
                     await coordinator.leave(settings.server_id)
         await _drain(service, settings.drain_s)
+
+
+def settle_heap() -> None:
+    """Take what is loaded out of the garbage collector's sight: walking it cost a third of the service's time."""
+    gc.collect()
+    gc.freeze()
 
 
 def _capacity(settings: ServerSettings, engine: Engine) -> Cost:

@@ -17,10 +17,12 @@ import json
 import os
 import random
 import resource
+import shutil
 import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -100,7 +102,7 @@ class Bench:
         factors = [int(part) for part in self.args.plan.split("-")]
         seed = {"seed": number} if self.args.seeded else {}
         return {
-            "prompt": row["question"] + "\n",
+            **self.prompt(row),
             "plan": {
                 "kind": "tree",
                 "branch_factors": factors,
@@ -112,6 +114,18 @@ class Bench:
             "return_text": False,
         }
 
+    def prompt(self, row: Any) -> dict[str, Any]:
+        """A question as a request says it; cut or repeated to `--prompt-tokens` where asked for."""
+        if not self.args.prompt_tokens:
+            return {"prompt": row["question"] + "\n"}
+        return {"prompt_token_ids": self.ids(row)}
+
+    def ids(self, row: Any) -> list[int]:
+        """The same as token ids."""
+        found: list[int] = self.tokens.encode(row["question"] + "\n")
+        size = self.args.prompt_tokens or len(found)
+        return (found * (size // len(found) + 1))[:size]
+
     async def trees(self, count: int, concurrency: int, first: int) -> Outcome:
         """Trees through HTTP."""
         bodies = [self.body(first + i) for i in range(count)]
@@ -122,8 +136,7 @@ class Bench:
     async def flat(self, tokens: int, first: int) -> int:
         """Whole responses to as many prompts, by the engine's own call; about as many tokens."""
         prompts = [
-            self.tokens.encode(self.rows[(first + i) % len(self.rows)]["question"] + "\n")
-            for i in range(self.args.trees)
+            self.ids(self.rows[(first + i) % len(self.rows)]) for i in range(self.args.trees)
         ]
         samples = max(1, round(tokens / len(prompts) / self.args.response))
         found = await asyncio.gather(*(self.own(prompt, samples) for prompt in prompts))
@@ -179,7 +192,7 @@ async def ratio(bench: Bench) -> dict[str, Any]:
     """Trees against flat, in turns."""
     args, trees, flat = bench.args, Measured(), Measured()
     warm = await bench.trees(4, 4, 10_000)
-    length = await bench.own(bench.tokens.encode(bench.rows[0]["question"] + "\n"), 64)
+    length = await bench.own(bench.ids(bench.rows[0]), 64)
     args.response = length / 64  # mean tokens of a response
     tokens = warm.sampled_tokens * args.trees // 4
     for turn in range(args.repeats):
@@ -225,6 +238,18 @@ async def latency(bench: Bench, concurrency: int) -> dict[str, Any]:
     }
 
 
+def endless(model: Path) -> Path:
+    """A copy of a checkpoint without end tokens: every response has the same length."""
+    copy = Path(tempfile.mkdtemp(prefix="spoke-endless-")) / model.name
+    shutil.copytree(model, copy, copy_function=shutil.copy)
+    for name in ("config.json", "generation_config.json"):
+        (copy / name).chmod(0o644)
+        settings = json.loads((copy / name).read_text())
+        settings.pop("eos_token_id", None)
+        (copy / name).write_text(json.dumps(settings))
+    return copy
+
+
 async def main(args: argparse.Namespace) -> None:
     """Open the engine, serve, measure."""
     import uvicorn
@@ -235,11 +260,14 @@ async def main(args: argparse.Namespace) -> None:
     from server.engines import EngineName, open_engine
     from server.engines.settings import EngineSettings
     from server.rewards.pool import RewardPool
+    from server.run import settle_heap
     from server.service import RolloutService, Status
     from server.tokens import Tokens
     from shared.fleet import ServerState
     from trainer.problems import Split, stories
 
+    if args.endless:
+        args.model = endless(args.model)
     settings = EngineSettings(
         model=str(args.model), dtype=args.dtype, kv_cache_gib=args.kv_cache_gib,
         max_batch=args.max_batch,
@@ -255,6 +283,7 @@ async def main(args: argparse.Namespace) -> None:
         engine=engine, tokens=Tokens.load(str(args.model)), rewards=rewards, status=status,
         model="bench", gate=Gate(capacity(engine.info)), budget=big, metrics=holder.metrics,
     )  # fmt: skip
+    settle_heap()
     listener = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(uvicorn.Config(create_app(holder), log_level="warning", lifespan="off"))
     serving = asyncio.create_task(server.serve(sockets=[listener]))
@@ -303,6 +332,8 @@ def arguments() -> argparse.Namespace:
     parse.add_argument("--max-tokens", type=int, default=128)
     parse.add_argument("--trees", type=int, default=16)
     parse.add_argument("--repeats", type=int, default=5)
+    parse.add_argument("--prompt-tokens", type=int, default=0, help="0: as the stories are")
+    parse.add_argument("--endless", action="store_true", help="without end tokens")
     parse.add_argument("--align", action="store_true", help="branch where cache blocks end")
     parse.add_argument("--seeded", action="store_true", help="every tree reproducible")
     parse.add_argument("--accept", default="application/msgpack")
