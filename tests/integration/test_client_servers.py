@@ -71,13 +71,13 @@ def test_every_server_samples_the_same_tree_for_the_same_id(
     )  # fmt: skip
     trees = []
     for url in two_servers:
-        with Client(url) as client:
+        with Client(url, reproducible=True) as client:
             trees.append(client.rollout_tree(request))
     assert trees[0].server_id != trees[1].server_id
     tokens = [[node.token_ids for node in tree.nodes] for tree in trees]
     assert tokens[0] == tokens[1]
     # What came packed is what JSON says, to the last bit.
-    body = repeatable(request).model_dump_json(exclude_none=True)
+    body = repeatable(request, seeded=True).model_dump_json(exclude_none=True)
     plain = httpx.post(
         f"{url}/rollout_tree", content=body, headers={"Content-Type": "application/json"}
     )

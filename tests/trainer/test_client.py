@@ -77,7 +77,7 @@ async def test_failures_are_tried_again_further_and_further_apart(fake: Fake, st
 
 async def test_every_attempt_asks_for_the_same_tree(fake: Fake) -> None:
     server = fake(lambda i: ANSWER if i % 2 else problem(503, **{"Retry-After": "0"}))
-    async with AsyncClient(server.url, timeout_s=10) as client:
+    async with AsyncClient(server.url, timeout_s=10, reproducible=True) as client:
         for _ in range(2):
             await client.rollout_tree(asking("1"))
         await client.rollout_tree(REQUEST)
@@ -90,11 +90,13 @@ async def test_every_attempt_asks_for_the_same_tree(fake: Fake) -> None:
     assert server.bodies[-1]["request_id"] == "r"
 
 
-async def test_a_seed_of_ones_own_is_kept(fake: Fake) -> None:
+async def test_a_seed_of_ones_own_is_kept_and_none_is_made_up(fake: Fake) -> None:
     server = fake(lambda i: ANSWER)
     async with AsyncClient(server.url) as client:
         await client.rollout_tree(REQUEST.model_copy(update={"sampling": Sampling(seed=7)}))
+        await client.rollout_tree(asking("1"))
     assert server.bodies[0]["sampling"]["seed"] == 7
+    assert "seed" not in server.bodies[1]["sampling"]
 
 
 @pytest.mark.parametrize("retry_after", ["3600", "1"])

@@ -19,17 +19,22 @@ def question_key(request: RolloutTreeRequest) -> bytes:
     return hashlib.blake2b(asked.encode(), digest_size=16).digest()
 
 
-def repeatable(request: RolloutTreeRequest) -> RolloutTreeRequest:
-    """The same request with an id, and with a seed made of it: every server then samples the same tree.
+def repeatable(request: RolloutTreeRequest, *, seeded: bool) -> RolloutTreeRequest:
+    """The same request with an id.
+
+    Args:
+        request: what is asked.
+        seeded: with a seed made of the id, too: every server then samples the same tree.
 
     >>> from shared.wire import GroupPlan
-    >>> asked = repeatable(RolloutTreeRequest(request_id="r", prompt="1", plan=GroupPlan(samples=1)))
-    >>> asked == repeatable(asked), asked.request_id, asked.sampling.seed
+    >>> plain = RolloutTreeRequest(request_id="r", prompt="1", plan=GroupPlan(samples=1))
+    >>> asked = repeatable(plain, seeded=True)
+    >>> asked == repeatable(asked, seeded=True), asked.request_id, asked.sampling.seed
     (True, 'r', 3661043325300291388)
     """
     request_id = request.request_id or uuid.uuid4().hex
     seed = request.sampling.seed
-    if seed is None:
+    if seed is None and seeded:
         seed = int.from_bytes(hashlib.blake2b(request_id.encode(), digest_size=8).digest()) >> 2
     sampling = request.sampling.model_copy(update={"seed": seed})
     return request.model_copy(update={"request_id": request_id, "sampling": sampling})

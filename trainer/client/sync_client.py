@@ -34,6 +34,7 @@ class Client:
         timeout_s: bound of one tree.
         concurrency: most trees in flight.
         affinity_slack: see `AsyncClient`.
+        reproducible: likewise.
 
     Raises (on construction):
         ConfigError: a URL or the token cannot be used.
@@ -47,6 +48,7 @@ class Client:
         timeout_s: float = 600.0,
         concurrency: int = 64,
         affinity_slack: int = 2,
+        reproducible: bool = False,
     ) -> None:
         self._client = AsyncClient(
             servers,
@@ -54,6 +56,7 @@ class Client:
             timeout_s=timeout_s,
             concurrency=concurrency,
             affinity_slack=affinity_slack,
+            reproducible=reproducible,
         )
         self._stack = contextlib.ExitStack()
         self._portal = self._stack.enter_context(
