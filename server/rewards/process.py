@@ -12,7 +12,7 @@ import pickle
 import signal
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -36,7 +36,14 @@ _BOOT = (
     "from server.rewards.worker import main; main(*arguments)"
 )
 
+SECRETS = ("SPOKE_TOKEN", "SPOKE_REDIS_URL", "SPOKE_REWARD_TOKEN")
+"""How the names of variables begin that hold the server's own secrets: a reward function sees none of them."""
+
 GARBLED = "its process wrote where only its worker may"
+
+
+def _without_secrets(environment: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in environment.items() if not name.startswith(SECRETS)}
 
 
 class GoneError(Exception):
@@ -78,6 +85,7 @@ class Process:
                     stdin=asyncio.subprocess.DEVNULL,
                     pass_fds=descriptors,
                     start_new_session=True,
+                    env=_without_secrets(os.environ),
                 )
             except OSError as error:  # no memory, or too many processes
                 ours.close()
