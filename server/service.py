@@ -187,9 +187,9 @@ class RolloutService:
 
     def _most(self, request: RolloutTreeRequest, prompt: tuple[int, ...]) -> Cost:
         room = self.engine.info.max_model_len - len(prompt)
-        cost = most(request.plan, min(request.sampling.max_tokens, room))
-        probe = request.savings.probe or 0
-        return Cost(nodes=cost.nodes + probe, tokens=cost.tokens + probe * room)
+        length = min(request.sampling.max_tokens, room)
+        cost, probe = most(request.plan, length), request.savings.probe or 0
+        return Cost(nodes=cost.nodes + probe, tokens=cost.tokens + probe * length)
 
     def _prompt(self, request: RolloutTreeRequest) -> tuple[int, ...]:
         """[P] token ids of the prompt, checked against the engine's limits."""
