@@ -23,6 +23,8 @@ class Counts:
     """Asked for."""
     sampled: int = 0
     """In continuations that ended."""
+    foreseen: int = 0
+    """Expected of a tree's children that have not ended."""
     computed_prefill: int = 0
     cached: int = 0
     decisions: int = 0

@@ -92,8 +92,7 @@ class _Growth:
     async def expand(self, node: Branch, path: Path) -> None:
         """Grow all below `node`, to which `path` leads."""
         children, limit = self.factors[len(path)], self._limit(node, len(path))
-        budget = self.savings.branch_tokens
-        if budget is not None and self.continuations.counts.sampled >= budget:
+        if path and self._is_over_budget(children, limit):
             children, limit = 1, self.continuations.left(node.response)
             self.continuations.counts.decisions += 1
         first_round = min(self.savings.settle_after or children, children)
@@ -125,6 +124,8 @@ class _Growth:
         """Sample children `first` to `first + count - 1` and grow all below them."""
         ended: asyncio.Queue[tuple[int, Completion]] = asyncio.Queue()
         grown: dict[int, Branch] = {}
+        counts, share = self.continuations.counts, self._foreseen(limit)
+        counts.foreseen += count * share
         async with asyncio.TaskGroup() as group:
             group.create_task(
                 self.continuations.after(
@@ -138,6 +139,7 @@ class _Growth:
             )
             for _ in range(count):
                 sample, completion = await ended.get()
+                counts.foreseen -= share
                 child = Branch(
                     completion=completion, response=(*node.response, *completion.token_ids)
                 )
@@ -147,6 +149,19 @@ class _Growth:
                 if len(below) < len(self.factors) and self._is_live(child, limit):
                     group.create_task(self.expand(child, below))
         node.children.extend(grown[sample] for sample in range(count))
+
+    def _is_over_budget(self, children: int, limit: int) -> bool:
+        """Would so many more children take the tree over its tokens, with all that it has asked for?
+
+        What was sampled is not enough to go by: on an idle engine whole generations of nodes end at once.
+        """
+        counts, budget = self.continuations.counts, self.savings.branch_tokens
+        spent = counts.sampled + counts.foreseen
+        return budget is not None and spent + children * self._foreseen(limit) > budget
+
+    def _foreseen(self, limit: int) -> int:
+        """Tokens to expect of a child: a segment's, also where it may run to its end; of a group's, none are."""
+        return min(limit, self.plan.segment_tokens) if isinstance(self.plan, TreePlan) else 0
 
     def _limit(self, node: Branch, depth: int) -> int:
         """Most tokens of each child of `node`: its segment, within what the response may still have."""

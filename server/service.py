@@ -191,9 +191,9 @@ class RolloutService:
 
     def _most(self, request: RolloutTreeRequest, prompt: tuple[int, ...]) -> Cost:
         room = self.engine.info.max_model_len - len(prompt)
-        cost = most(request.plan, min(request.sampling.max_tokens, room))
-        probe = request.savings.probe or 0
-        return Cost(nodes=cost.nodes + probe, tokens=cost.tokens + probe * room)
+        length = min(request.sampling.max_tokens, room)
+        cost, probe = most(request.plan, length), request.savings.probe or 0
+        return Cost(nodes=cost.nodes + probe, tokens=cost.tokens + probe * length)
 
     def _check_characters(self, request: RolloutTreeRequest) -> None:
         """Refuse what cannot fit the context before it is tokenised, which takes time."""

@@ -162,14 +162,27 @@ class Savings(RequestModel):
     branch_tokens: int | None = Field(
         default=None,
         ge=1,
-        description="Once the tree has sampled so many tokens, what still grows goes on as one child that runs "
-        "to its end, instead of branching.",
+        description="A node below the prompt whose children would take the tree over so many tokens goes on as "
+        "one child that runs to its end, instead of branching. Children count as `segment_tokens` while they "
+        "grow. For plan `tree`.",
     )
 
     @property
     def look_at_rewards(self) -> bool:
         """Does any of them need the leaves' rewards?"""
         return self.settle_after is not None or self.probe is not None
+
+    def check_plan(self, plan: Plan) -> None:
+        """Raise ValueError, which says what to do, where one of them has no meaning for a plan."""
+        if self == Savings():
+            return
+        if isinstance(plan, ChainPlan):
+            raise ValueError("savings are for plans tree and group; leave them out of a chain")
+        for name in ("probe", "branch_tokens"):
+            if getattr(self, name) is not None and isinstance(plan, GroupPlan):
+                raise ValueError(
+                    f"savings.{name} is for plan tree; a group has savings.settle_after"
+                )
 
 
 class Reward(RequestModel):
@@ -233,12 +246,7 @@ class RolloutTreeRequest(RequestModel):
 
     @model_validator(mode="after")
     def _savings_fit(self) -> Self:
-        if self.savings == Savings():
-            return self
-        if isinstance(self.plan, ChainPlan):
-            raise ValueError("savings are for plans tree and group; leave them out of a chain")
-        if self.savings.probe is not None and isinstance(self.plan, GroupPlan):
-            raise ValueError("savings.probe is for plan tree; a group has savings.settle_after")
+        self.savings.check_plan(self.plan)
         if self.savings.look_at_rewards and self.reward is None:
             raise ValueError("savings.settle_after and savings.probe need a reward")
         return self

@@ -119,6 +119,8 @@ class TrainSettings(Settings):
                 f"algorithm.overlong_buffer = {self.algorithm.overlong_buffer} leaves nothing of "
                 f"rollout.max_tokens = {self.rollout.max_tokens}; make it smaller"
             )
+        if self.rollout.savings.look_at_rewards:
+            self._check_rewards_decide()
         if self.evaluation.points and not (
             self.trainer.budget_tokens or self.trainer.budget_seconds
         ):
@@ -127,6 +129,18 @@ class TrainSettings(Settings):
                 "or use evaluation.every"
             )
         return self
+
+    def _check_rewards_decide(self) -> None:
+        """Leaves of equal reward must be without any advantage, or what is saved would have taught something."""
+        if self.algorithm.name is AlgorithmName.PPO:
+            raise ValueError(
+                "rollout.savings.settle_after: ppo learns from responses of equal reward too; leave it out"
+            )
+        if self.algorithm.overlong_buffer:
+            raise ValueError(
+                "rollout.savings: servers see rewards without algorithm.overlong_buffer's penalty, which may "
+                "differ where they agree; leave out settle_after and probe, or set the buffer to 0"
+            )
 
 
 def load(path: Path, overrides: Sequence[str] = ()) -> TrainSettings:

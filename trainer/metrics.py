@@ -86,6 +86,8 @@ def of_trees(trees: Sequence[RolloutTreeResponse]) -> dict[str, Any]:
     return {
         "reward": moments([leaf.reward or 0.0 for leaf in leaves]),
         "value": moments(values),
+        # Each question counts once, however many leaves early decisions have left it.
+        "question_reward": moments([_mean_reward(tree) for tree in trees])["mean"],
         "trees": len(trees),
         "leaves": len(leaves),
         "unfinished": sum(leaf.finish_reason is FinishReason.LENGTH for leaf in leaves)
@@ -103,6 +105,12 @@ def of_trees(trees: Sequence[RolloutTreeResponse]) -> dict[str, Any]:
         },
         "servers": dict(Counter(tree.server_id for tree in trees)),
     }
+
+
+def _mean_reward(tree: RolloutTreeResponse) -> float:
+    return moments([leaf.reward or 0.0 for leaf in tree.leaves() if leaf.role is Role.SEGMENT])[
+        "mean"
+    ]
 
 
 def of_segments(

@@ -2,7 +2,7 @@
 
 import hashlib
 
-from shared.wire import Message, Plan, Reward, RolloutTreeRequest, Sampling
+from shared.wire import Message, Plan, Reward, RolloutTreeRequest, Sampling, Savings
 from trainer.data import Question
 from trainer.settings import DataSettings, RewardSettings
 
@@ -17,6 +17,7 @@ def tree_request(
     max_tokens: int,
     name: str,
     seed: int,
+    savings: Savings | None = None,
     min_weight_version: int = 0,
     text: bool = False,
 ) -> RolloutTreeRequest:
@@ -32,6 +33,7 @@ def tree_request(
         name: of the occasion, such as `run/3f2a/step-7`: with the question's id it makes the request's id, so
             that a retry gets the same tree.
         seed: of the occasion; with the question's id it makes the tree's seed.
+        savings: early decisions; None for none.
         min_weight_version: lowest version that may sample it.
         text: whether nodes carry their text.
     """
@@ -46,6 +48,7 @@ def tree_request(
             temperature=temperature, max_tokens=max_tokens, seed=int.from_bytes(digest, "big") >> 2
         ),
         reward=Reward(name=reward.name, reference=question.reference, options=reward.options),
+        savings=savings or Savings(),
         min_weight_version=min_weight_version,
         return_text=text,
     )

@@ -117,6 +117,7 @@ class Sampling:
             max_tokens=settings.rollout.max_tokens,
             name=f"{settings.run}/{self.session}/step-{step}",
             seed=settings.seed * 1_000_003 + step,
+            savings=settings.rollout.savings,
             min_weight_version=version,
         )
         try:

@@ -1,12 +1,14 @@
 """The sections of a training run's settings, one model each; `config` reads them from TOML. No torch here."""
 
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator
+from pydantic import (
+    BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator,
+)  # fmt: skip
 
 from shared.redis_url import redacted
-from shared.wire import Plan
+from shared.wire import Plan, Savings
 
 
 class Settings(BaseModel):
@@ -70,10 +72,17 @@ class RolloutSettings(Settings):
     max_tokens: int = Field(default=1024, ge=1)
     resample: int = Field(default=0, ge=0)
     """Most questions a step that replace ones whose tree gives no gradient (DAPO's dynamic sampling)."""
+    savings: Savings = Savings()
+    """Early decisions that save tokens, in training alone: an evaluation has none."""
     concurrency: int = Field(default=64, ge=1)
     """Most trees in flight."""
     timeout_s: float = Field(default=600.0, gt=0.0)
     """Bound of one tree, retries included."""
+
+    @model_validator(mode="after")
+    def _savings_fit_plan(self) -> Self:
+        self.savings.check_plan(self.plan)
+        return self
 
 
 class Decay(StrEnum):

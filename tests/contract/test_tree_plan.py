@@ -5,7 +5,7 @@
 3. `settle_after`: children are left out only where all leaves of the first ones agree; the others are the full
    tree's.
 4. `probe`: whole responses that agree are the tree; if they do not, the tree is the one without a probe.
-5. `branch_tokens`: branching ends, no response does.
+5. `branch_tokens`: branching ends, no response does; what is asked for counts.
 """
 
 import asyncio
@@ -174,3 +174,16 @@ async def test_beyond_its_tokens_a_tree_branches_no_more(engine: Engine, tiny_ma
         else:
             assert len(branch.children) in (1, FACTORS[len(path)])
     assert any(len(b.children) == 1 for b in saved.branches().values())
+
+
+async def test_a_tree_branches_as_far_as_its_tokens_go(engine: Engine, tiny_math: Path):
+    """What is asked for counts, or nodes that end together would all branch, or none."""
+    planned = 4 * 20 + 12 * 20 + 24 * 20
+    widths = []
+    for budget in (planned // 2, planned * 3 // 4, planned):
+        saved = (await grow(engine, tiny_math, branch_tokens=budget)).branches()
+        at_last_depth = [b for path, b in saved.items() if len(path) == 2 and b.children]
+        widths.append(sum(len(b.children) == 2 for b in at_last_depth))
+        assert len(saved[()].children) == 4
+    assert 0 <= widths[0] < widths[1] < widths[2]
+    assert widths[1] < len(at_last_depth)

@@ -78,7 +78,7 @@ async def test_a_full_server_says_when_to_come_back(tiny_math: Path, tmp_path: P
 
 
 async def test_a_tree_over_the_budget_is_413(tiny_math: Path, tmp_path: Path) -> None:
-    bounds = ("--max-tree-nodes", "50", "--max-tree-tokens", "100000")
+    bounds = ("--max-tree-nodes", "50", "--max-tree-tokens", "6000")
     with server(tiny_math, tmp_path, *bounds) as process:
         chain = {"kind": "chain", "samples": 6, "value_rollouts": 40,
                  "partition": {"kind": "delimiter", "delimiter": "."}}  # fmt: skip
@@ -89,6 +89,11 @@ async def test_a_tree_over_the_budget_is_413(tiny_math: Path, tmp_path: Path) ->
                 assert answer.json()["field"] == "plan"
                 assert "50 nodes" in answer.json()["detail"]
             assert (await client.post("/rollout_tree", json=body())).status_code == 200
+            # A probe counts as what its responses may have, not as whole contexts.
+            probed = body(savings={"probe": 20}, sampling={"max_tokens": 24})
+            assert (await client.post("/rollout_tree", json=probed)).status_code == 200
+            probed = body(savings={"probe": 40}, sampling={"max_tokens": 24})
+            assert (await client.post("/rollout_tree", json=probed)).status_code == 413
             assert (await client.get("/info")).json()["limits"]["tree_nodes"] == 50
 
 

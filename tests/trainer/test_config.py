@@ -110,6 +110,31 @@ CHAIN = 'rollout.plan={kind="chain", samples=2, value_rollouts=3}'
         (["algorithm.name=ppo", PPO, "replay.enabled=true"], "replay.enabled: ppo's advantages"),
         (["algorithm.overlong_buffer=128"], "overlong_buffer = 128 leaves nothing of .*128"),
         (["evaluation.points=3"], "evaluation.points are shares of a budget: set"),
+        (
+            ["rollout.savings.settle=2"],
+            r"unknown key 'rollout\.savings\.settle'; the nearest known one is 'settle_after'",
+        ),
+        (["rollout.savings.settle_after=1"], r"rollout\.savings\.settle_after: .*equal to 2"),
+        (
+            ["algorithm.name=spo_chain", CHAIN, "rollout.savings.settle_after=2"],
+            "rollout: savings are for plans tree and group",
+        ),
+        (
+            ["algorithm.name=grpo", PPO, "rollout.savings.probe=3"],
+            r"rollout: savings\.probe is for plan tree; a group has savings\.settle_after",
+        ),
+        (
+            ["algorithm.name=grpo", PPO, "rollout.savings.branch_tokens=300"],
+            r"rollout: savings\.branch_tokens is for plan tree",
+        ),
+        (
+            ["algorithm.name=ppo", PPO, "rollout.savings.settle_after=2"],
+            r"rollout\.savings\.settle_after: ppo learns from responses of equal reward",
+        ),
+        (
+            ["algorithm.overlong_buffer=32", "rollout.savings.probe=3"],
+            r"rollout\.savings: servers see rewards without algorithm\.overlong_buffer's penalty",
+        ),
         (["preset=authors"], "preset = 'authors': there is reference"),
         (["trainer.whiten=true"], r"trainer\.whiten: .*'batch', 'micro_batch' or 'off'"),
         (
@@ -123,6 +148,16 @@ CHAIN = 'rollout.plan={kind="chain", samples=2, value_rollouts=3}'
 def test_parts_that_do_not_fit_are_named(overrides, message) -> None:
     with pytest.raises(ConfigError, match=message):
         load(ROOT / "configs" / "quickstart.toml", overrides)
+
+
+def test_savings_are_off_unless_asked_for() -> None:
+    path = ROOT / "configs" / "quickstart.toml"
+    assert set(load(path).rollout.savings.model_dump().values()) == {None}
+    chosen = load(path, ["rollout.savings.settle_after=2", "rollout.savings.branch_tokens=500"])
+    assert chosen.rollout.savings.settle_after == 2
+    assert chosen.rollout.savings.branch_tokens == 500
+    # What goes by tokens alone does not mind a penalty.
+    load(path, ["algorithm.overlong_buffer=32", "rollout.savings.branch_tokens=500"])
 
 
 def test_the_reference_preset_is_under_what_a_file_says() -> None:
