@@ -121,6 +121,7 @@ def _add_routes(app: FastAPI, holder: Holder, limits: Limits) -> None:
         request: Request,
     ) -> Response:
         """Sample one tree of continuations, grade its leaves and back their values up."""
+        request.state.request_id = body.request_id
         limits.check(body)
         accept, encoding = (
             ", ".join(request.headers.getlist(name)) for name in ("accept", "accept-encoding")
@@ -223,11 +224,16 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(RequestError)
     async def refused(request: Request, error: RequestError) -> Response:
-        return problem(error.status, str(error), field=error.field)
+        return problem(error.status, str(error), field=error.field, request_id=_named(request))
 
     @app.exception_handler(BusyError)
     async def busy(request: Request, error: BusyError) -> Response:
-        return problem(error.status, str(error), retry_after_s=error.retry_after_s)
+        return problem(
+            error.status,
+            str(error),
+            request_id=_named(request),
+            retry_after_s=error.retry_after_s,
+        )
 
     @app.exception_handler(ClientGoneError)
     async def gone(request: Request, error: ClientGoneError) -> Response:
@@ -235,7 +241,7 @@ def _add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(EngineError)
     async def engine_failed(request: Request, error: EngineError) -> Response:
-        return problem(503, str(error))
+        return problem(503, str(error), request_id=_named(request))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> Response:
@@ -256,6 +262,12 @@ def _describe(error: dict[str, Any]) -> tuple[str, str]:
     elif error["type"] == "missing":
         message = "this field is required"
     return field, f"{field}: {message}"
+
+
+def _named(request: Request) -> str | None:
+    """The id that a request gave itself, once its body has been read."""
+    found: str | None = getattr(request.state, "request_id", None)
+    return found
 
 
 def _request_id(body: Any) -> str | None:  # noqa: ANN401  # whatever the caller sent

@@ -116,7 +116,7 @@ class Sampling:
             temperature=settings.rollout.temperature,
             max_tokens=settings.rollout.max_tokens,
             name=f"{settings.run}/{self.session}/step-{step}",
-            seed=settings.seed * 1_000_003 + step,
+            seed=settings.seed * 1_000_003 + step if settings.rollout.reproducible else None,
             savings=settings.rollout.savings,
             min_weight_version=version,
         )

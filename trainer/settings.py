@@ -4,7 +4,12 @@ from enum import StrEnum
 from typing import Any, Literal, Self
 
 from pydantic import (
-    BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_serializer,
+    field_validator,
+    model_validator,
 )  # fmt: skip
 
 from shared.redis_url import redacted
@@ -76,6 +81,8 @@ class RolloutSettings(Settings):
     """Early decisions that save tokens, in training alone: an evaluation has none."""
     concurrency: int = Field(default=64, ge=1)
     """Most trees in flight."""
+    reproducible: bool = True
+    """Seed every tree, so that equal weights sample equal trees; vLLM samples faster without."""
     timeout_s: float = Field(default=600.0, gt=0.0)
     """Bound of one tree, retries included."""
 

@@ -162,6 +162,7 @@ async def test_the_same_id_gives_the_same_tree(client: httpx.AsyncClient) -> Non
     answer = await client.post("/rollout_tree", json=body(request_id="twice"))
     assert answer.status_code == 409
     assert answer.json()["field"] == "request_id"
+    assert answer.json()["request_id"] == "twice"
 
 
 async def test_a_stop_string_ends_a_response_across_segments(client: httpx.AsyncClient) -> None:
