@@ -62,6 +62,12 @@ class Holder:
         watch("trees_waiting", "Trees in line for a place.", lambda: gate.waiting)
         watch("nodes_in_flight", "Nodes of the trees that hold a place.", lambda: gate.nodes)
         watch("tokens_in_flight", "Their tokens, as expected.", lambda: gate.tokens)
+        watch(
+            "engine_sequences",
+            "Sequences that run or wait in the engine.",
+            lambda: service.engine.open_sequences,
+        )
+        watch("tasks", "Tasks of the event loop.", lambda: len(asyncio.all_tasks()))
         watch("requests_in_flight", "Requests being answered.", lambda: status.in_flight)
         watch("weight_version", "Weight version being sampled.", lambda: service.engine.version)
         self.metrics.watch_state(lambda: status.state)

@@ -5,11 +5,12 @@ an error's line. A reader that is slow holds up nobody: its lines wait, at most 
 """
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from server.answer import branch_line
 from server.branches import Branch
@@ -62,11 +63,33 @@ async def node_stream(
         if not first.done():
             first.cancel()
     begun = first.result() if first.done() and not first.cancelled() else ""
-    return StreamingResponse(
-        _lines(service, tree, begun, lines, sent),
-        media_type=MediaType.NDJSON,
-        headers={"Vary": "Accept"},
-    )
+    return _TreeStream(tree, _lines(service, tree, begun, lines, sent))
+
+
+class _TreeStream(StreamingResponse):
+    """Lines of a tree, which is given up when its answer is over, however that comes.
+
+    The lines themselves cannot see to it: a client that goes away before the first one is asked for, or while one
+    is being sent, never comes back to them.
+    """
+
+    def __init__(
+        self, tree: "asyncio.Future[RolloutTreeResponse]", lines: AsyncGenerator[str, None]
+    ) -> None:
+        super().__init__(lines, media_type=MediaType.NDJSON, headers={"Vary": "Accept"})
+        self._tree = tree
+        self._lines = lines
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._tree.cancel()
+            await asyncio.gather(self._tree, return_exceptions=True)
+            await (
+                self._lines.aclose()
+            )  # else it waits for the garbage collector, and counts as answering
 
 
 async def _lines(
@@ -75,13 +98,13 @@ async def _lines(
     begun: str,
     lines: asyncio.Queue[str],
     sent: set[str],
-) -> AsyncIterator[str]:
-    """The lines; closing this gives the tree up."""
+) -> AsyncGenerator[str, None]:
+    """The lines."""
     with service.status.answering():
+        waiting = asyncio.ensure_future(lines.get())
         try:
             if begun:
                 yield begun
-            waiting = asyncio.ensure_future(lines.get())
             while not tree.done():
                 both: set[asyncio.Future[Any]] = {tree, waiting}
                 await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
@@ -90,13 +113,12 @@ async def _lines(
                     waiting = asyncio.ensure_future(lines.get())
             if waiting.done():
                 yield waiting.result()
-            waiting.cancel()
+            waiting.cancel()  # it would take lines from what follows
             while not lines.empty():
                 yield lines.get_nowait()
             yield _end(tree, sent)
         finally:
-            tree.cancel()
-            await asyncio.wait({tree})
+            waiting.cancel()
 
 
 def _end(tree: "asyncio.Future[RolloutTreeResponse]", sent: set[str]) -> str:

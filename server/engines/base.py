@@ -139,6 +139,11 @@ class Engine(Protocol):
         """The weight version that the next token will be sampled with; 0 is the initial checkpoint."""
         ...
 
+    @property
+    def open_sequences(self) -> int:
+        """Sequences that run or wait in the engine now, whoever asked for them; 0 when it is idle."""
+        ...
+
     async def generate(self, request: GenerateRequest) -> GenerateResult:
         """Sample `request.samples` continuations. Cancelling the task aborts them in the engine.
 

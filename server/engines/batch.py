@@ -65,9 +65,14 @@ class Batch:
         self._changed()
 
     @property
+    def sequences(self) -> int:
+        """That run or wait; may be read from any thread."""
+        return len(self._waiting) + self._rows.count
+
+    @property
     def busy(self) -> bool:
         """Is there anything to sample?"""
-        return bool(self._waiting) or self._rows.count > 0
+        return self.sequences > 0
 
     def enqueue(self, job: Job) -> None:
         """Line up all samples of a request."""

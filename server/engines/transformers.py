@@ -56,6 +56,11 @@ class TransformersEngine:
         """The weight version that the next token will be sampled with."""
         return self._version
 
+    @property
+    def open_sequences(self) -> int:
+        """Rows that sample, and samples in line."""
+        return self._worker.open_sequences
+
     async def generate(self, request: GenerateRequest) -> GenerateResult:
         """Sample `request.samples` continuations. Cancelling the task frees their rows within a step.
 

@@ -71,6 +71,13 @@ class VllmEngine:
         """The weight version that the next token will be sampled with."""
         return self._version
 
+    @property
+    def open_sequences(self) -> int:
+        """Sequences that vLLM has not ended, by its own table; a request on its way there counts as one."""
+        if self._opened is None:
+            return 0
+        return max(self._running, self._opened.output_processor.get_num_unfinished_requests())
+
     async def generate(self, request: GenerateRequest) -> GenerateResult:
         """Sample `request.samples` continuations; see `Engine.generate`.
 

@@ -44,8 +44,15 @@ class Worker:
         self._lock = threading.Lock()
         self._ended: str | None = None
         self._cause: BaseException | None = None
+        self._batch: Batch | None = None
         self._thread = threading.Thread(target=self._run, name="spoke-engine", daemon=True)
         self._thread.start()
+
+    @property
+    def open_sequences(self) -> int:
+        """Sequences that run or wait; a command that the thread has not taken yet counts as one."""
+        running = 0 if self._batch is None else self._batch.sequences
+        return running + self._commands.qsize()
 
     def submit(self, job: Job) -> None:
         """Sample a job; its future gets the result. Cancelling the future frees its rows.
@@ -87,7 +94,6 @@ class Worker:
 
     def _run(self) -> None:
         """The thread."""
-        batch: Batch | None = None
         reason = "the engine is closed"
         self.ready.set_running_or_notify_cancel()  # from here on it cannot be cancelled
         try:
@@ -95,16 +101,16 @@ class Worker:
                 # Per thread in OpenMP builds, so it must be set in this one.
                 torch.set_num_threads(self._settings.threads)
                 model = load(self._settings)
-                batch = Batch(model, self._settings.max_batch)
+                self._batch = Batch(model, self._settings.max_batch)
                 self.ready.set_result(model)
-                self._serve(batch)
+                self._serve(self._batch)
         except BaseException as error:  # edge of the thread: nobody else would see it
             if not self.ready.done():
                 self.ready.set_exception(error)
             reason = f"the engine failed: {error!r}; restart the server"
             self._cause = error
         finally:
-            self._end(batch, reason)
+            self._end(reason)
 
     def _serve(self, batch: Batch) -> None:
         """Take commands and step, until told to end."""
@@ -120,13 +126,14 @@ class Worker:
                     _answer(command, batch)
             batch.step()
 
-    def _end(self, batch: Batch | None, reason: str) -> None:
+    def _end(self, reason: str) -> None:
         """Fail everything that is open, and everything that comes later."""
         with self._lock:
             self._ended = reason
         error = EngineError(reason)
         error.__cause__ = self._cause
         self.ended.set_result(error)
+        batch, self._batch = self._batch, None
         if batch is not None:
             batch.fail(error)
         while not self._commands.empty():

@@ -371,6 +371,24 @@ async def test_a_child_goes_on_where_its_parent_stopped(
 # --- cancellation ------------------------------------------------------------------------------------------
 
 
+async def test_an_engine_counts_its_open_sequences(engine: Engine, prompt: tuple[int, ...]):
+    async def until(holds: Callable[[int], bool]) -> None:
+        async with asyncio.timeout(10):
+            while not holds(engine.open_sequences):
+                await asyncio.sleep(0.005)
+
+    await until(lambda count: count == 0)
+    waiting = engine.info.max_batch + 40  # more than run at once
+    request = ask(prompt, samples=waiting, max_tokens=300, temperature=1.9, seed=1)
+    doomed = asyncio.create_task(engine.generate(request))
+    await until(lambda count: count >= waiting // 2)
+    doomed.cancel()
+    await asyncio.gather(doomed, return_exceptions=True)
+    await until(lambda count: count == 0)
+    await run(engine, ask(prompt, samples=3, temperature=1.0))
+    await until(lambda count: count == 0)
+
+
 async def test_a_cancelled_request_frees_its_place_and_disturbs_nobody(
     engine: Engine, prompt: tuple[int, ...]
 ):

@@ -126,6 +126,26 @@ async def test_a_reader_that_leaves_a_stream_takes_its_tree_with_it(
                 assert metric(process.url, "spoke_trees_in_flight") == 1
             assert await until(lambda: metric(process.url, "spoke_trees_in_flight") == 0) < 1.0
             assert (await client.post("/rollout_tree", json=body())).status_code == 200
+        assert "was destroyed" not in process.log.read_text()
+
+
+async def test_many_readers_that_leave_streams_leave_nothing(
+    tiny_math: Path, tmp_path: Path
+) -> None:
+    async def leave(client: httpx.AsyncClient) -> None:
+        headers = {"accept": "application/x-ndjson"}
+        request = client.stream("POST", "/rollout_tree", json=body(LONG), headers=headers)
+        async with request as answer:
+            await anext(answer.aiter_lines())
+
+    with server(tiny_math, tmp_path, "--max-batch", "2") as process:
+        async with httpx.AsyncClient(base_url=process.url, timeout=60) as client:
+            tasks = metric(process.url, "spoke_tasks")
+            for _ in range(6):
+                await leave(client)
+                await until(lambda: metric(process.url, "spoke_engine_sequences") == 0)
+        assert await until(lambda: metric(process.url, "spoke_tasks") <= tasks, 5) < 1.0
+        assert "was destroyed" not in process.log.read_text()
 
 
 async def test_a_tree_that_another_waits_for_goes_on(tiny_math: Path, tmp_path: Path) -> None:

@@ -61,6 +61,11 @@ class TableEngine:
         """Always the first."""
         return 0
 
+    @property
+    def open_sequences(self) -> int:
+        """None: each request is answered at once."""
+        return 0
+
     async def generate(self, request: GenerateRequest) -> GenerateResult:
         """Sample by inversion, one stream for each sample."""
         check_request(request, self._info)
