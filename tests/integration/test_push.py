@@ -83,10 +83,12 @@ class Reference:
         return seen
 
 
-async def ask(client: httpx.AsyncClient, prompt: str, **sampling: Any) -> RolloutTreeResponse:
+async def ask(
+    client: httpx.AsyncClient, prompt: str, *, samples: int = 4, **sampling: Any
+) -> RolloutTreeResponse:
     body = {
         "prompt": prompt,
-        "plan": {"kind": "group", "samples": 4},
+        "plan": {"kind": "group", "samples": samples},
         "sampling": {"max_tokens": 120} | sampling,
     }
     answer = await client.post("/rollout_tree", json=body)
@@ -149,11 +151,11 @@ async def test_a_swap_in_the_middle_of_a_response_is_exact(
         async def keep_asking() -> list[RolloutTreeResponse]:
             trees = []
             while not stop.is_set():
-                # Hot, so that responses wander on to their limit instead of ending after a sentence.
-                trees.append(await ask(client, PROMPTS[0], temperature=1.0))
+                # Hot and many, so that some response is under way at any moment.
+                trees.append(await ask(client, PROMPTS[0], temperature=1.5, samples=32))
             return trees
 
-        asking = [asyncio.create_task(keep_asking()) for _ in range(12)]
+        asking = [asyncio.create_task(keep_asking()) for _ in range(6)]
         done = await asyncio.to_thread(push, following, newer)
         stop.set()
         assert done.returncode == 0, done.stderr
