@@ -1,9 +1,12 @@
 """The load test's checks: real trees of a real server pass, and every kind of planted fault is found.
 
 1. Trees of each plan, with a reward and without, have no fault, and neither has their plain forward pass.
-2. A fault in one number, one token, one node or one place is named by the node that has it.
+2. A fault in one number, one token, one node or one place is found.
+3. The checking process counts a wrong tree and writes it out; of two trees by one id it sees that they differ.
 """
 
+import contextlib
+import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,16 +18,17 @@ import pytest
 from support import running_server
 from transformers import AutoTokenizer
 
-from shared.codec import MediaType
+from shared.codec import MediaType, encode
+from shared.stream import lines
 from shared.tree import FinishReason, Node, Role
 from shared.wire import RolloutTreeRequest, RolloutTreeResponse
 from tests.benchmarks.load_parts import mix
-from tests.benchmarks.load_parts.checker import Answer, tree_of_answer
+from tests.benchmarks.load_parts.checker import Answer, Checker, Setup, tree_of_answer
 from tests.benchmarks.load_parts.plain_model import PlainModel
 from tests.benchmarks.load_parts.tree_checks import Truth, faults
 
-TREE, CHAIN, GROUP = 2, 8, 6
-"""Of `mix.PLANS`: 4-4, a chain cut every 24 tokens, eight samples."""
+TREE, CHAIN, GROUP = 0, 8, 6
+"""Of `mix.PLANS`: 6-6-6, a chain cut every 24 tokens, eight samples."""
 Nodes = list[Node]
 QUESTION = mix.questions(1, 1)[0]
 
@@ -140,9 +144,9 @@ def rollout_lost(nodes: Nodes) -> Nodes:
 
 
 def exchanged(nodes: Nodes, *fields: str) -> Nodes:
-    """Two children of the prompt that both branch trade fields; what is below them stays."""
+    """Two nodes of depth 2 that both branch trade fields; what is below them stays."""
     parents = {node.parent for node in nodes}
-    one, *others = [node for node in nodes if node.depth == 1 and node.id in parents]
+    one, *others = [node for node in nodes if node.depth == 2 and node.id in parents]
     two = next(node for node in others if node.token_ids != one.token_ids)
     return put(
         nodes,
@@ -208,3 +212,38 @@ def test_what_only_the_model_can_tell_is_found_by_a_plain_pass(real: Real, name:
     planted = tree.model_copy(update={"nodes": LOOKS_RIGHT[name](tree.nodes)})
     # A copy keeps what the tree has worked out of its nodes.
     assert real.plain.faults(request, RolloutTreeResponse.model_construct(**dict(planted)))
+
+
+def test_the_checking_process_writes_wrong_trees_out(
+    real: Real, tiny_math: Path, tmp_path: Path
+) -> None:
+    setup = Setup(
+        model=tiny_math, context=512, ends=frozenset({1}), share=1.0, out=tmp_path, seed=1
+    )
+    request, tree = real.trees[GROUP]
+    wrong = tree.model_copy(update={"nodes": SEEN["a wrong value"][1](tree.nodes)})
+    body = request.model_dump(mode="json", exclude_none=True)
+    named, other = {"request_id": "two"}, real.trees[5][1]
+    answers = [
+        (body, tree, MediaType.JSON),
+        (body, wrong, MediaType.MSGPACK),
+        (body | named, tree.model_copy(update=named), MediaType.JSON),
+        (body | named, other.model_copy(update=named), MediaType.JSON),
+    ]
+    with contextlib.closing(Checker(setup)) as checker:
+        for number, (asked, answer, media) in enumerate(answers):
+            checker.put(Answer(number, asked, media, "", encode(answer, media)))
+        checker.put(
+            Answer(4, body, MediaType.NDJSON, "", b"".join(line.encode() for line in lines(tree)))
+        )
+        checker.put(Answer(5, body, MediaType.NDJSON, "", next(lines(tree)).encode()))
+        found = checker.finish(timeout_s=60)
+    assert found.wrong == 3
+    assert found.compared == 3
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "wrong-1.json", "wrong-1.bin", "wrong-3.json", "wrong-5.json"
+    }  # fmt: skip
+    assert "value" in json.loads((tmp_path / "wrong-1.json").read_text())["faults"][0]
+    assert any("two different trees" in fault for fault in json.loads(
+        (tmp_path / "wrong-3.json").read_text())["faults"])  # fmt: skip
+    assert "before its last line" in found.faults[-1]
