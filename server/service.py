@@ -94,6 +94,14 @@ def memory(tree: RolloutTreeResponse) -> int:
     return sum(NODE_BYTES + TOKEN_BYTES * len(node.token_ids) for node in tree.nodes)
 
 
+@dataclass(slots=True)
+class _Ended:
+    """How a request is counted."""
+
+    well: str = "ok"
+    """Where it ends well; `repeated` where its tree was there or on its way."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RolloutService:
     """Answers `POST /rollout_tree`.
@@ -136,13 +144,15 @@ class RolloutService:
             EngineError: the engine failed.
         """
         arrived = time.monotonic()
-        with self._outcome(repeated=request.request_id in self._once):
+        with self._outcome() as ended:
             prompt = await self._checked(request)
             request_id = request.request_id or f"tree-{secrets.token_hex(8)}"
             make = partial(self._grow, request, prompt, request_id, arrived, tell)
             if request.request_id is None:
                 return await make()
             digest = sha256(request.model_dump_json().encode())
+            if request_id in self._once:  # asked for only now: two may come at one moment
+                ended.well = "repeated"
             return await self._once.get(request_id, digest, make)
 
     def hand_back(self) -> int:
@@ -153,12 +163,12 @@ class RolloutService:
         return len(growing)
 
     @contextlib.contextmanager
-    def _outcome(self, *, repeated: bool) -> Iterator[None]:
-        """Count how a request ends; `repeated`: its tree is there or on its way."""
-        outcome = "failed"
+    def _outcome(self) -> Iterator["_Ended"]:
+        """Count how a request ends."""
+        outcome, ended = "failed", _Ended()
         try:
-            yield
-            outcome = "repeated" if repeated else "ok"
+            yield ended
+            outcome = ended.well
         except RequestError:
             outcome = "refused"
             raise

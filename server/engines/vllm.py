@@ -76,7 +76,8 @@ class VllmEngine:
         """Sequences that vLLM has not ended, by its own table; a request on its way there counts as one."""
         if self._opened is None:
             return 0
-        return max(self._running, self._opened.output_processor.get_num_unfinished_requests())
+        table = self._opened.output_processor
+        return max(self._running, int(table.get_num_unfinished_requests()))
 
     async def generate(self, request: GenerateRequest) -> GenerateResult:
         """Sample `request.samples` continuations; see `Engine.generate`.

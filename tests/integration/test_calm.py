@@ -166,6 +166,15 @@ async def test_a_tree_that_another_waits_for_goes_on(tiny_math: Path, tmp_path: 
             # Kept: the same id again is answered from memory, token for token.
             assert (await other.post("/rollout_tree", json=shared)).json() == answer.json()
             assert metric(process.url, "spoke_tree_seconds_count") == 1
+            # Two at one moment: one is sampled, and one waits for it.
+            repeated = metric(process.url, 'spoke_trees_total{outcome="repeated"}')
+            pair = body(request_id="pair")
+            both = await asyncio.gather(
+                *(client.post("/rollout_tree", json=pair) for client in (one, other))
+            )
+            assert both[0].json() == both[1].json()
+            assert metric(process.url, "spoke_tree_seconds_count") == 2
+            assert metric(process.url, 'spoke_trees_total{outcome="repeated"}') == repeated + 1
 
 
 async def test_a_stopped_server_leaves_the_fleet_and_then_drains(
