@@ -20,6 +20,7 @@ from typing import Any
 
 import httpx
 import pytest
+import redis.asyncio
 from support import ServerProcess, running_server
 
 from shared.coordination import RedisCoordinator
@@ -215,6 +216,19 @@ async def test_what_does_not_end_in_time_is_handed_back(tiny_math: Path, tmp_pat
         assert "ask another one" in answer.json()["detail"]
         assert await asyncio.to_thread(process.process.wait, 20) == 0
         assert "handed back 1 trees" in process.log.read_text()
+
+
+async def test_a_background_task_that_dies_takes_the_server_down(
+    tiny_math: Path, tmp_path: Path, redis_url: str
+) -> None:
+    with server(tiny_math, tmp_path, "--redis-url", redis_url, "--run", "dies") as process:
+        client = redis.asyncio.Redis.from_url(redis_url)
+        # What no program of ours writes: the follower cannot go on, and must not end unseen.
+        await client.hset("spoke:{dies}:head", "version", "not a number")
+        await client.xadd("spoke:{dies}:events", {"version": "1"})
+        await client.aclose()
+        assert await asyncio.to_thread(process.process.wait, 30) == 1
+        assert "this server ends: " in process.log.read_text()
 
 
 def engine_of(process: subprocess.Popen[bytes]) -> int:
