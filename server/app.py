@@ -26,7 +26,8 @@ from server.openai_routes import MISSING, add_openai_routes
 from server.openapi import REQUEST_EXAMPLES, document, refusals
 from server.problems import problem
 from server.respond import CONTENT, tree_response
-from server.service import RolloutService, Status
+from server.service import RolloutService
+from server.status import Status
 from server.streaming import node_stream
 from shared.codec import MediaType, choose
 from shared.errors import BusyError, EngineError, RequestError

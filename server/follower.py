@@ -16,7 +16,7 @@ from pathlib import Path
 
 from server.engines.base import Engine, Weights
 from server.metrics import Metrics
-from server.service import Status
+from server.status import Status
 from shared.coordination import RECORD_S, Coordinator
 from shared.errors import CoordinationError, SpokeError, WeightsError
 from shared.fleet import Head, ServerRecord, ServerState

@@ -30,8 +30,9 @@ from server.engines import EngineName, choose, open_engine
 from server.engines.base import Engine, SpeaksOpenAI
 from server.follower import Follower
 from server.rewards.pool import RewardPool
-from server.service import RolloutService, Status
+from server.service import RolloutService
 from server.settings import ServerSettings
+from server.status import Status
 from server.tokens import Tokens
 from shared.coordination import RedisCoordinator
 from shared.errors import ConfigError, SpokeError

@@ -23,12 +23,13 @@ from server.engines.base import Engine
 from server.grading import Grading
 from server.idempotency import OnlyOnce
 from server.metrics import Metrics
+from server.prompts import prompt_ids
 from server.rewards.pool import RewardPool
 from server.sampler import Path, sample
+from server.status import Status
 from server.tokens import Tokens
 from shared.digests import sha256
 from shared.errors import BusyError, RequestError
-from shared.fleet import ServerState
 from shared.wire import (
     ChainPlan,
     RolloutTreeRequest,
@@ -38,8 +39,6 @@ from shared.wire import (
     WeightVersions,
 )
 
-TOKEN_CHARS = 256
-"""No tokenizer's longest token has more characters."""
 Tell = Callable[[Path, Branch], None]
 """Is told of each node when it is finished: its sibling positions from the prompt, and the node."""
 TOKEN_BYTES = 72
@@ -49,44 +48,6 @@ GRADED_AT_ONCE = 64
 """Trees whose leaves are graded at once after they have left the engine."""
 HAND_BACK_S = 2
 """Retry-After of what is handed back: another server may take it at once."""
-
-
-@dataclass(slots=True, kw_only=True)
-class Status:
-    """What a server knows of itself; the fleet table shows it."""
-
-    server_id: str
-    state: ServerState = ServerState.LOADING
-    weights_digest: str = ""
-    """Of the weights in the engine; empty for the checkpoint it started from."""
-    last_error: str | None = None
-    in_flight: int = 0
-    """Requests being answered."""
-    sampled_tokens: int = 0
-    _idle: asyncio.Event = field(default_factory=asyncio.Event)
-
-    @contextlib.contextmanager
-    def answering(self) -> Iterator[None]:
-        """Count a request while it is being answered."""
-        self.in_flight += 1
-        self._idle.clear()
-        try:
-            yield
-        finally:
-            self.in_flight -= 1
-            if self.in_flight == 0:
-                self._idle.set()
-
-    async def idle(self, bound_s: float) -> bool:
-        """Wait until nothing is being answered; False where that took longer than the bound."""
-        if self.in_flight == 0:
-            return True
-        try:
-            async with asyncio.timeout(bound_s):
-                await self._idle.wait()
-        except TimeoutError:
-            return False
-        return True
 
 
 def memory(tree: RolloutTreeResponse) -> int:
@@ -189,7 +150,7 @@ class RolloutService:
                 f"this server holds version {self.engine.version}; ask another one, or later",
                 status=409,
             )
-        prompt = self._prompt(request)
+        prompt = prompt_ids(request, self.tokens, self.engine.info)
         cost = self._most(request, prompt)
         if not cost.within(self.budget):
             raise over_budget(cost, self.budget)
@@ -204,40 +165,6 @@ class RolloutService:
         length = min(request.sampling.max_tokens, room)
         cost, probe = most(request.plan, length), request.savings.probe or 0
         return Cost(nodes=cost.nodes + probe, tokens=cost.tokens + probe * length)
-
-    def _check_characters(self, request: RolloutTreeRequest) -> None:
-        """Refuse what cannot fit the context before it is tokenised, which takes time."""
-        context = self.engine.info.max_model_len
-        chat = sum(len(message.content) for message in request.messages or ())
-        for name, characters in (("prompt", len(request.prompt or "")), ("messages", chat)):
-            if characters > context * TOKEN_CHARS:
-                detail = (
-                    f"{characters} characters cannot fit a context of {context} tokens; shorten it"
-                )
-                raise RequestError(name, detail)
-
-    def _prompt(self, request: RolloutTreeRequest) -> tuple[int, ...]:
-        """[P] token ids of the prompt, checked against the engine's limits."""
-        self._check_characters(request)
-        if request.prompt is not None:
-            name, ids = "prompt", self.tokens.encode(request.prompt)
-        elif request.messages is not None:
-            name, ids = "messages", self.tokens.encode_chat(request.messages)
-        else:
-            name, ids = "prompt_token_ids", request.prompt_token_ids or []
-        info = self.engine.info
-        if not ids:
-            raise RequestError(name, "it has no tokens; write something")
-        if max(ids) >= info.vocab_size:
-            raise RequestError(
-                name, f"token {max(ids)} is outside the vocabulary of {info.vocab_size}"
-            )
-        if len(ids) >= info.max_model_len:
-            raise RequestError(
-                name,
-                f"{len(ids)} tokens leave no room in a context of {info.max_model_len}; shorten it",
-            )
-        return tuple(ids)
 
     async def _grow(
         self,
@@ -304,11 +231,29 @@ class RolloutService:
             await grading.below(root)
         finally:
             self._graders.release()
-        nodes = wire_nodes(
-            root, prompt, grading.grades, self.tokens if request.return_text else None
+        timing = Timing(
+            queue_s=started - arrived,
+            sample_s=sampled - started,
+            reward_s=time.monotonic() - sampled,
         )
+        tree = self._answer(request, request_id, root, grading, continuations, timing)
+        self._count(tree, arrived, continuations.counts.decisions)
+        return tree
+
+    def _answer(
+        self,
+        request: RolloutTreeRequest,
+        request_id: str,
+        root: Branch,
+        grading: Grading,
+        continuations: Continuations,
+        timing: Timing,
+    ) -> RolloutTreeResponse:
+        """What was sampled and graded, as it goes over the wire."""
+        prompt, counts = continuations.prompt, continuations.counts
+        tokens = self.tokens if request.return_text else None
+        nodes = wire_nodes(root, prompt, grading.grades, tokens)
         versions = [v for node in nodes for v, _ in node.versions] or [self.engine.version]
-        counts = continuations.counts
         tree = RolloutTreeResponse(
             request_id=request_id,
             nodes=nodes,
@@ -321,13 +266,8 @@ class RolloutService:
                 cached_tokens=counts.cached,
             ),
             weight_versions=WeightVersions(min=min(versions), max=max(versions)),
-            timing=Timing(
-                queue_s=started - arrived,
-                sample_s=sampled - started,
-                reward_s=time.monotonic() - sampled,
-            ),
+            timing=timing,
         )
-        self._count(tree, arrived, counts.decisions)
         if request.reward is None:
             return tree
         return tree.with_values(chain=isinstance(request.plan, ChainPlan))

@@ -261,7 +261,8 @@ async def main(args: argparse.Namespace) -> None:
     from server.engines.settings import EngineSettings
     from server.rewards.pool import RewardPool
     from server.run import settle_heap
-    from server.service import RolloutService, Status
+    from server.service import RolloutService
+    from server.status import Status
     from server.tokens import Tokens
     from shared.fleet import ServerState
     from trainer.problems import Split, stories

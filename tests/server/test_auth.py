@@ -35,7 +35,7 @@ from server.auth import (
     parse_tokens,
 )
 from server.details import error_kind, without_details
-from server.service import Status
+from server.status import Status
 from shared.errors import ConfigError
 from shared.tree import Node, Role, RolloutTree
 

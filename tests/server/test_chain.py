@@ -40,7 +40,8 @@ from server.engines.settings import EngineSettings
 from server.engines.transformers import open_engine
 from server.metrics import Metrics
 from server.rewards import RewardPool
-from server.service import RolloutService, Status
+from server.service import RolloutService
+from server.status import Status
 from server.tokens import Tokens
 from shared.errors import EngineError
 from shared.tree import FinishReason, Node, Role

@@ -25,7 +25,7 @@ from support import ServerProcess, running_server
 from server.app import Holder, create_app
 from server.body import BodyLimit
 from server.limits import Limits, leaves
-from server.service import Status
+from server.status import Status
 from shared.errors import RequestError
 from shared.wire import RolloutTreeRequest
 

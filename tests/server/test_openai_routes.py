@@ -14,7 +14,7 @@ from starlette.routing import Route
 from server.app import Holder, create_app
 from server.costs import Cost
 from server.openai_routes import ROUTES, add_openai_routes, cost
-from server.service import Status
+from server.status import Status
 from shared.errors import BusyError
 from shared.fleet import ServerState
 

@@ -8,7 +8,7 @@ from starlette.requests import Request
 
 from server.branches import Branch
 from server.engines.base import Completion
-from server.service import Status, Tell
+from server.status import Status, Tell
 from server.streaming import node_stream
 from shared.tree import FinishReason
 from shared.wire import GroupPlan, RolloutTreeRequest, RolloutTreeResponse

@@ -1,0 +1,46 @@
+"""What a server knows of itself: its state, its weights, and what it is answering."""
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from shared.fleet import ServerState
+
+
+@dataclass(slots=True, kw_only=True)
+class Status:
+    """What a server knows of itself; the fleet table shows it."""
+
+    server_id: str
+    state: ServerState = ServerState.LOADING
+    weights_digest: str = ""
+    """Of the weights in the engine; empty for the checkpoint it started from."""
+    last_error: str | None = None
+    in_flight: int = 0
+    """Requests being answered."""
+    sampled_tokens: int = 0
+    _idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @contextlib.contextmanager
+    def answering(self) -> Iterator[None]:
+        """Count a request while it is being answered."""
+        self.in_flight += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+            if self.in_flight == 0:
+                self._idle.set()
+
+    async def idle(self, bound_s: float) -> bool:
+        """Wait until nothing is being answered; False where that took longer than the bound."""
+        if self.in_flight == 0:
+            return True
+        try:
+            async with asyncio.timeout(bound_s):
+                await self._idle.wait()
+        except TimeoutError:
+            return False
+        return True
