@@ -259,8 +259,8 @@ async def main(args: argparse.Namespace) -> None:
     from server.costs import Cost
     from server.engines import EngineName, open_engine
     from server.engines.settings import EngineSettings
+    from server.life import settle_heap
     from server.rewards.pool import RewardPool
-    from server.run import settle_heap
     from server.service import RolloutService
     from server.status import Status
     from server.tokens import Tokens
