@@ -1,4 +1,4 @@
-"""The HTTP face: routes, and every error as a problem document (RFC 9457)."""
+"""The HTTP face: routes, and what stands before them."""
 
 import asyncio
 import contextlib
@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import Annotated, Any
 
 from fastapi import Body, FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
@@ -15,7 +14,7 @@ from starlette.types import ASGIApp
 
 from server.auth import TokenTable
 from server.body import BodyLimit, StrictRoute
-from server.connection import ClientGoneError, while_connected
+from server.connection import while_connected
 from server.costs import Cost
 from server.details import for_caller
 from server.engines.base import Engine
@@ -24,14 +23,14 @@ from server.limits import Limits
 from server.metrics import Counted, Metrics
 from server.openai_routes import MISSING, add_openai_routes
 from server.openapi import REQUEST_EXAMPLES, document, refusals
-from server.problems import problem
+from server.problems import add_error_handlers
 from server.respond import CONTENT, tree_response
 from server.service import RolloutService
 from server.status import Status
 from server.streaming import node_stream
 from shared.codec import MediaType, choose
 from shared.errors import BusyError, EngineError, RequestError
-from shared.wire import RolloutTreeRequest, RolloutTreeResponse, field_path
+from shared.wire import RolloutTreeRequest, RolloutTreeResponse
 
 LOGPROBS = (
     "log-probability (nats) of each token under the distribution it was sampled from: after temperature, "
@@ -101,7 +100,7 @@ def create_app(
     app = FastAPI(title="Spoke rollout server", version="0.1.0", docs_url="/docs", redoc_url=None)
     app.router.route_class = StrictRoute
     _add_routes(app, holder, limits)
-    _add_error_handlers(app)
+    add_error_handlers(app)
     app.add_middleware(BodyLimit, limits=limits)
     app.add_middleware(Guard, tokens=tokens)
     app.add_middleware(Counted, metrics=holder.metrics)  # the last one added is met first
@@ -215,68 +214,3 @@ def _add_openai(app: FastAPI, holder: Holder, service: Callable[[], RolloutServi
                 yield
 
     add_openai_routes(app, target, enter)
-
-
-def _add_error_handlers(app: FastAPI) -> None:
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        if first["type"] == "json_invalid":
-            return problem(400, f"the body is not JSON: {first['ctx']['error']}", field="body")
-        if isinstance(error.body, bytes):  # FastAPI reads no other kind
-            detail = "body: send JSON with Content-Type: application/json"
-            return problem(415, detail, field="body")
-        field, detail = _describe(first)
-        return problem(422, detail, field=field, request_id=_request_id(error.body))
-
-    @app.exception_handler(RequestError)
-    async def refused(request: Request, error: RequestError) -> Response:
-        return problem(error.status, str(error), field=error.field, request_id=_named(request))
-
-    @app.exception_handler(BusyError)
-    async def busy(request: Request, error: BusyError) -> Response:
-        return problem(
-            error.status,
-            str(error),
-            request_id=_named(request),
-            retry_after_s=error.retry_after_s,
-        )
-
-    @app.exception_handler(ClientGoneError)
-    async def gone(request: Request, error: ClientGoneError) -> Response:
-        return Response(status_code=499)  # nobody reads it; access logs do
-
-    @app.exception_handler(EngineError)
-    async def engine_failed(request: Request, error: EngineError) -> Response:
-        return problem(503, str(error), request_id=_named(request))
-
-    @app.exception_handler(HTTPException)
-    async def http(request: Request, error: HTTPException) -> Response:
-        return problem(error.status_code, str(error.detail), headers=error.headers)
-
-    @app.exception_handler(Exception)
-    async def unexpected(request: Request, error: Exception) -> Response:
-        # The edge of the process: whatever went wrong, the caller gets a document and we get the traceback.
-        return problem(500, "an unexpected error; the server's log has the traceback")
-
-
-def _describe(error: dict[str, Any]) -> tuple[str, str]:
-    """(field, detail) of one validation error, in the words of the request."""
-    field = field_path([part for part in error["loc"] if part != "body"]) or "body"
-    message = str(error["msg"]).removeprefix("Value error, ")
-    if error["type"] == "extra_forbidden":
-        message = "unknown field; remove it or check its spelling"
-    elif error["type"] == "missing":
-        message = "this field is required"
-    return field, f"{field}: {message}"
-
-
-def _named(request: Request) -> str | None:
-    """The id that a request gave itself, once its body has been read."""
-    found: str | None = getattr(request.state, "request_id", None)
-    return found
-
-
-def _request_id(body: Any) -> str | None:  # noqa: ANN401  # whatever the caller sent
-    found = body.get("request_id") if isinstance(body, dict) else None
-    return found if isinstance(found, str) else None
