@@ -26,11 +26,33 @@ RETRY_MOST_S = 60.0
 """Longest Retry-After, seconds."""
 FORGETS = 0.1
 """Weight of the newest tree in running means."""
+LEAST_SHARE = 0.02
+"""Least that is charged of what a plan allows, however little trees of late came to."""
 
 
 def capacity(info: EngineInfo) -> Cost:
     """What may be in flight in an engine: nodes by its batch, tokens by its memory for keys and values."""
     return Cost(nodes=SEQUENCES_A_PLACE * info.max_batch, tokens=info.kv_tokens)
+
+
+@dataclass(slots=True)
+class _Share:
+    """What trees of one kind came to of late, of what their plans let one expect."""
+
+    nodes: float = 1.0
+    tokens: float = 1.0
+
+    def of(self, expected: Cost) -> Cost:
+        """What to charge."""
+        return Cost(
+            nodes=math.ceil(expected.nodes * max(self.nodes, LEAST_SHARE)),
+            tokens=math.ceil(expected.tokens * max(self.tokens, LEAST_SHARE)),
+        )
+
+    def learn(self, expected: Cost, came_to: Cost) -> None:
+        """Take in how one tree ended."""
+        self.nodes += FORGETS * (came_to.nodes / max(expected.nodes, 1) - self.nodes)
+        self.tokens += FORGETS * (came_to.tokens / max(expected.tokens, 1) - self.tokens)
 
 
 @dataclass(eq=False, slots=True)
@@ -43,8 +65,9 @@ class _Waiting:
 class Gate:
     """Lets trees in.
 
-    Tokens are charged by what trees of late came to, as a share of the most that their plan allows: responses
-    end long before their limit. A tree that is larger than the whole capacity is let in alone.
+    A tree is charged by what trees of its kind came to of late, as a share of what their plans let one expect:
+    responses end long before their limit, and how often a chain rolls out depends on the model. A tree that is
+    larger than the whole capacity is let in alone.
 
     Args:
         bound: nodes and tokens in flight; as much again may wait.
@@ -60,7 +83,7 @@ class Gate:
     trees: int = 0
     """In flight."""
     _line: deque[_Waiting] = field(default_factory=deque)
-    _share: float = 1.0
+    _shares: dict[str, _Share] = field(default_factory=dict)
     _seconds: float = 1.0
 
     @property
@@ -69,24 +92,25 @@ class Gate:
         return len(self._line)
 
     @contextlib.asynccontextmanager
-    async def admitted(self, most: Cost) -> AsyncIterator["Admitted"]:
+    async def admitted(self, expected: Cost, kind: str = "") -> AsyncIterator["Admitted"]:
         """Hold a place while a tree grows.
 
         Args:
-            most: that the tree's plan can come to.
+            expected: of the tree's plan.
+            kind: of trees that are alike in what they come to.
 
         Raises:
             BusyError: (429) the server and its line are full.
         """
-        charged = Cost(nodes=most.nodes, tokens=math.ceil(most.tokens * self._share))
+        share = self._shares.setdefault(kind, _Share())
+        charged = share.of(expected)
         await self._enter(charged)
         began, admitted = time.monotonic(), Admitted()
         try:
             yield admitted
             self._seconds += FORGETS * (time.monotonic() - began - self._seconds)
-            if admitted.sampled is not None:
-                share = min(1.0, admitted.sampled / max(most.tokens, 1))
-                self._share += FORGETS * (share - self._share)
+            if admitted.came_to is not None:
+                share.learn(expected, admitted.came_to)
         finally:
             self._add(charged, -1)
             self._let_in()
@@ -151,5 +175,5 @@ class Gate:
 class Admitted:
     """A place in the server."""
 
-    sampled: int | None = None
-    """Tokens that the tree came to, once it has ended well."""
+    came_to: Cost | None = None
+    """What the tree came to, once it has ended well."""

@@ -30,6 +30,11 @@ class Counts:
     decisions: int = 0
     """Early ones, by which the tree came out smaller than its plan."""
 
+    @property
+    def cost(self) -> Cost:
+        """What the tree has come to."""
+        return Cost(nodes=self.continuations, tokens=self.sampled)
+
     def add(self, result: GenerateResult) -> None:
         """Count the prefill of one engine request."""
         self.computed_prefill += result.computed_prefill_tokens
@@ -124,11 +129,8 @@ class Continuations:
 
     def _keep_to_budget(self) -> None:
         """Refuse to grow on where the tree has more nodes or tokens than it may; its plan alone could not tell."""
-        budget, counts = self.budget, self.counts
-        if budget is not None and (
-            counts.continuations > budget.nodes or counts.sampled > budget.tokens
-        ):
-            raise over_budget(Cost(nodes=counts.continuations, tokens=counts.sampled), budget)
+        if self.budget is not None and not self.counts.cost.within(self.budget):
+            raise over_budget(self.counts.cost, self.budget)
 
     def _trimmed(self, before: tuple[int, ...], completion: Completion) -> Completion:
         """End a completion with the token that completes a stop string, wherever the string began.

@@ -52,6 +52,18 @@ def most(plan: Plan, response_tokens: int) -> Cost:
     return Cost(nodes=nodes, tokens=tokens)
 
 
+def expected(plan: Plan, response_tokens: int) -> Cost:
+    """What a plan lets one expect while nothing is known of the model: the most, or one boundary a response.
+
+    >>> expected(ChainPlan(samples=2, value_rollouts=3), 10)
+    Cost(nodes=8, tokens=80)
+    """
+    if isinstance(plan, ChainPlan):
+        nodes = plan.samples * (1 + plan.value_rollouts)
+        return Cost(nodes=nodes, tokens=nodes * response_tokens)
+    return most(plan, response_tokens)
+
+
 def _chain(plan: ChainPlan, response_tokens: int) -> Cost:
     match plan.partition:
         case FixedPartition(tokens=segment):

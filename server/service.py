@@ -17,7 +17,7 @@ from server.admission import Admitted, Gate
 from server.answer import wire_nodes
 from server.branches import Branch
 from server.continuations import Continuations
-from server.costs import Cost, most, over_budget
+from server.costs import Cost, expected, most, over_budget
 from server.details import unquoted
 from server.engines.base import Engine
 from server.grading import Grading
@@ -32,6 +32,7 @@ from shared.digests import sha256
 from shared.errors import BusyError, RequestError
 from shared.wire import (
     ChainPlan,
+    Plan,
     RolloutTreeRequest,
     RolloutTreeResponse,
     Timing,
@@ -151,7 +152,7 @@ class RolloutService:
                 status=409,
             )
         prompt = prompt_ids(request, self.tokens, self.engine.info)
-        cost = self._most(request, prompt)
+        cost = self._cost(request, prompt, most)
         if not cost.within(self.budget):
             raise over_budget(cost, self.budget)
         if request.reward is not None:
@@ -160,10 +161,16 @@ class RolloutService:
                 await self.rewards.check(reward.name, reward.reference, reward.options)
         return prompt
 
-    def _most(self, request: RolloutTreeRequest, prompt: tuple[int, ...]) -> Cost:
+    def _cost(
+        self,
+        request: RolloutTreeRequest,
+        prompt: tuple[int, ...],
+        measure: Callable[[Plan, int], Cost],
+    ) -> Cost:
+        """The most, or what to expect, of a request's plan and probe."""
         room = self.engine.info.max_model_len - len(prompt)
         length = min(request.sampling.max_tokens, room)
-        cost, probe = most(request.plan, length), request.savings.probe or 0
+        cost, probe = measure(request.plan, length), request.savings.probe or 0
         return Cost(nodes=cost.nodes + probe, tokens=cost.tokens + probe * length)
 
     async def _grow(
@@ -189,9 +196,12 @@ class RolloutService:
         return task.result()
 
     @contextlib.asynccontextmanager
-    async def _place(self, most: Cost, arrived: float) -> AsyncIterator[Admitted]:
+    async def _place(
+        self, request: RolloutTreeRequest, prompt: tuple[int, ...], arrived: float
+    ) -> AsyncIterator[Admitted]:
         """A place in the server; the time that it took to get one is counted."""
-        async with self.gate.admitted(most) as admitted:
+        cost = self._cost(request, prompt, expected)
+        async with self.gate.admitted(cost, request.plan.kind) as admitted:
             self.metrics.queue_s.observe(time.monotonic() - arrived)
             yield admitted
 
@@ -214,7 +224,7 @@ class RolloutService:
             reproducible=seed is not None,
         )
         grading = Grading(self.tokens, self.rewards, request.reward)
-        async with self._place(self._most(request, prompt), arrived) as admitted:
+        async with self._place(request, prompt, arrived) as admitted:
             started = time.monotonic()
             root = await sample(
                 request.plan,
@@ -224,7 +234,7 @@ class RolloutService:
                 on_branch=self._first_node(arrived, tell),
             )
             sampled = time.monotonic()
-            admitted.sampled = continuations.counts.sampled
+            admitted.came_to = continuations.counts.cost
             # Before the place is given up: rewards that cannot keep up hold back what comes next.
             await self._graders.acquire()
         try:

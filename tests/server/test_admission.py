@@ -3,7 +3,7 @@
 1. Trees are let in while nodes and tokens fit; as much again waits in line, in order; the rest are 429.
 2. A tree larger than the capacity is let in alone. A place is free again however its tree ends.
 3. Who waits too long is 429; who goes away while waiting leaves no trace.
-4. Tokens are charged by what trees of late came to.
+4. A tree is charged by what trees of its kind came to of late.
 """
 
 import asyncio
@@ -13,7 +13,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import pytest
 
 from server.admission import Gate
-from server.costs import Cost, most
+from server.costs import Cost, expected, most
 from shared.errors import BusyError
 from shared.wire import (
     ChainPlan,
@@ -118,17 +118,26 @@ async def test_who_leaves_makes_way_for_whoever_stands_behind() -> None:
         assert order == ["small"]
 
 
-async def test_tokens_are_charged_by_what_trees_came_to() -> None:
+async def test_a_tree_is_charged_by_what_its_kind_came_to() -> None:
     gate = Gate(cost(1000, 1000))
     for _ in range(100):
-        async with gate.admitted(cost(1, 1000)) as place:
-            assert place.sampled is None
-            place.sampled = 100
-    # A tenth of what plans allow: ten such trees fit where one did.
-    async with held(gate, *[cost(1, 1000)] * 9):
+        async with gate.admitted(cost(1, 1000), "short") as place:
+            assert place.came_to is None
+            place.came_to = cost(1, 100)
+        async with gate.admitted(cost(10, 100), "bushy") as place:
+            place.came_to = cost(300, 100)
+    # A tenth of what plans allow: nine such trees fit where one did.
+    async with AsyncExitStack() as stack:
+        for _ in range(9):
+            await stack.enter_async_context(gate.admitted(cost(1, 1000), "short"))
         assert gate.trees == 9
         assert gate.tokens < 1000
-        assert gate.waiting == 0
+    # Thirty times what could be expected, as a chain's rollouts may be.
+    async with gate.admitted(cost(10, 100), "bushy"):
+        assert 250 < gate.nodes <= 300
+    # Another kind has taught nothing of this one.
+    async with gate.admitted(cost(10, 100), "new"):
+        assert (gate.nodes, gate.tokens) == (10, 100)
 
 
 def test_what_plans_can_come_to() -> None:
@@ -140,5 +149,7 @@ def test_what_plans_can_come_to() -> None:
     assert most(fixed, 100) == cost(2 + 6 * 3, 200 + 6 * (100 + 60 + 20))
     whole = ChainPlan(samples=2, partition=WholePartition(), value_rollouts=3)
     assert most(whole, 100) == cost(2 + 6, 200 + 600)
+    assert expected(whole, 100) == expected(fixed, 100) == cost(8, 800)
+    assert expected(tree, 40) == most(tree, 40)
     by_chance = ChainPlan(samples=2, partition=CutpointsPartition(), value_rollouts=3)
     assert most(by_chance, 100) == cost(2, 200)
