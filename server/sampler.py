@@ -169,17 +169,18 @@ class _Growth:
         if isinstance(self.plan, GroupPlan) or depth == len(self.factors) - 1:
             return left
         segment = min(left, self.plan.segment_tokens)
-        return self._aligned(node, segment) if self.plan.align else segment
+        return min(left, self._aligned(node, segment)) if self.plan.align else segment
 
     def _aligned(self, node: Branch, segment: int) -> int:
-        """The longest segment of at most so many tokens that ends one token behind a block of the engine's cache.
+        """The length nearest to a segment's with which it ends one token behind a block of the engine's cache.
 
         Whole blocks are reused, and the last token before a branch is always computed again. A segment that would
-        lose more than half of its tokens keeps them.
+        change by more than half keeps its length.
         """
         block = self.continuations.engine.info.block_tokens
         behind = (len(self.continuations.prompt) + len(node.response) + segment - 1) % block
-        return segment - behind if 2 * behind <= segment else segment
+        shift = -behind if 2 * behind <= block else block - behind
+        return segment + shift if 2 * abs(shift) <= segment else segment
 
     def _is_live(self, child: Branch, limit: int) -> bool:
         """May the response go on below this node?"""
