@@ -43,8 +43,8 @@ class TreePlan(RequestModel):
     )
     align: bool = Field(
         default=False,
-        description="Move the ends of segments, by at most half a block of the engine's cache and half a segment, so "
-        "that a branch computes one token of what precedes it. Segments then differ in length.",
+        description="Move the ends of segments, by at most half a block of the engine's cache and half a segment, "
+        "so that a branch computes one token of what precedes it. Segments then differ in length.",
     )
 
 
