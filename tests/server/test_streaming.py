@@ -8,7 +8,8 @@ from starlette.requests import Request
 
 from server.branches import Branch
 from server.engines.base import Completion
-from server.status import Status, Tell
+from server.service import Tell
+from server.status import Status
 from server.streaming import node_stream
 from shared.tree import FinishReason
 from shared.wire import GroupPlan, RolloutTreeRequest, RolloutTreeResponse
