@@ -17,6 +17,7 @@ from pathlib import Path
 from server.engines.base import Engine, Weights
 from server.metrics import Metrics
 from server.status import Status
+from server.threads import in_daemon_thread
 from shared.coordination import RECORD_S, Coordinator
 from shared.errors import CoordinationError, SpokeError, WeightsError
 from shared.fleet import Head, ServerRecord, ServerState
@@ -63,8 +64,6 @@ class Follower:
         """
         while not await self._follow_once():  # noqa: ASYNC110  # a retry with a pause, not a wait for a flag
             await asyncio.sleep(RETRY_S)
-        self.status.state = ServerState.READY
-        await self.report()
 
     async def run(self) -> None:
         """Follow the head for ever. Redis may come and go meanwhile."""
@@ -121,19 +120,18 @@ class Follower:
             self.status.state = ServerState.UPDATING
         try:
             await self._take(head)
+            self.status.last_error = None
         except SpokeError as error:
             self.status.last_error = f"version {head.version}: {error}"
             log.warning("%s; version %d stays", self.status.last_error, self.engine.version)
-            self.metrics.updates.labels("failed").inc()
-            return False
-        else:
-            self.metrics.updates.labels("ok").inc()
-            self.status.last_error = None
-            return True
         finally:
             if self.status.state is ServerState.UPDATING:
                 self.status.state = ServerState.READY
-            await self.report()
+        taken = self.status.last_error is None
+        self.metrics.updates.labels("ok" if taken else "failed").inc()
+        # Not in the `finally`: a stop must not be turned into an error of Redis.
+        await self.report()
+        return taken
 
     def _holds(self, head: Head) -> bool:
         return (self.engine.version, self.status.weights_digest) == (
@@ -145,7 +143,7 @@ class Follower:
         started = time.monotonic()
         folder = Path(tempfile.mkdtemp(prefix=f"v{head.version:06d}-", dir=self.scratch))
         try:
-            manifest, files = await asyncio.to_thread(self._fetch, head, folder)
+            manifest, files = await in_daemon_thread(self._fetch, head, folder)
             fetched = time.monotonic()
             report = await self.engine.load_weights(
                 Weights(version=head.version, digest=manifest.weights_digest, files=files)

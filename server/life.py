@@ -70,15 +70,19 @@ async def life(settings: ServerSettings, holder: Holder, url: str, stop: asyncio
         follower = None
         if isinstance(engine, SpeaksOpenAI):
             holder.openai = await engine.openai_app(settings.served_model_name or service.model)
-        if coordinator is None:
-            holder.status.state = ServerState.READY
-        else:
+        if coordinator is not None:
             follower = await _follower(settings, holder, service, coordinator, url, stack)
             await follower.catch_up()
-        holder.service = service
         settle_heap()
+        holder.service = service
+        holder.status.state = ServerState.READY
         log.info("%s serves version %d at %s", settings.server_id, engine.version, url)
         try:
+            if follower is not None:
+                with contextlib.suppress(
+                    SpokeError
+                ):  # Redis away just now: the heartbeat tries again
+                    await follower.report()
             await _serve_until(stop, _watch(engine, settings.liveness_s), follower)
         finally:
             holder.status.state = ServerState.DRAINING

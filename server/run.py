@@ -59,42 +59,50 @@ async def serve(settings: ServerSettings, listener: socket.socket) -> int:
     stopping = asyncio.create_task(stop.wait())
     try:
         await asyncio.wait({listening, living, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if holder.service is None:
-            living.cancel()  # told to stop before there is anything to drain
-        await asyncio.wait({listening, living}, return_when=asyncio.FIRST_COMPLETED)
-        if stop.is_set() and not living.done():
-            await asyncio.wait({living}, timeout=settings.drain_s + CLOSE_S)
-        return _outcome(living, status)
+        if stop.is_set() and holder.service is not None:
+            # It drains, within this bound; uvicorn ends before only where a second SIGINT asks for it.
+            await asyncio.wait(
+                {listening, living},
+                timeout=settings.drain_s + CLOSE_S,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
+        return _outcome(listening, living, status, stopped=stop.is_set())
     finally:
         await _ended(server, listening, living, stopping)
 
 
-def _outcome(living: asyncio.Task[None], status: Status) -> int:
-    """Exit code of a server whose life is over.
+def _outcome(
+    listening: asyncio.Task[None], living: asyncio.Task[None], status: Status, *, stopped: bool
+) -> int:
+    """Exit code of a server that ends.
 
     Raises:
         SpokeError: it never came to serve.
     """
-    if not living.done() or living.cancelled():
-        return 0
-    error: BaseException | None = living.exception()
-    if error is None:
-        return 0
+    dead = next(
+        (task for task in (living, listening) if task.done() and not task.cancelled()), None
+    )
+    error = dead.exception() if dead is not None else None
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     if isinstance(error, SpokeError) and status.state is ServerState.LOADING:
         raise error
-    known = isinstance(error, SpokeError)
-    log.error("this server ends: %s", error, exc_info=None if known else error)
-    return 1
+    if error is not None:
+        known = isinstance(error, SpokeError)
+        log.error("this server ends: %s", error, exc_info=None if known else error)
+    elif not stopped:
+        log.error("this server ends: its HTTP side has ended")
+    return 0 if error is None and stopped else 1
 
 
-async def _ended(server: uvicorn.Server, *tasks: asyncio.Task[Any]) -> None:
+async def _ended(
+    server: uvicorn.Server, listening: asyncio.Task[None], *tasks: asyncio.Task[Any]
+) -> None:
     """End what still runs; what does not let itself be ended is ended with the process."""
     server.should_exit = True  # after the last answer
-    for task in tasks[1:]:
+    for task in tasks:
         task.cancel()
-    _, left = await asyncio.wait(tasks, timeout=CLOSE_S)
+    _, left = await asyncio.wait({listening, *tasks}, timeout=CLOSE_S)
     if left:
         log.error("this server does not end within %d s; it is killed", CLOSE_S)
         os._exit(1)

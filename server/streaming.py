@@ -5,8 +5,9 @@ an error's line. A reader that is slow holds up nobody: its lines wait, at most 
 """
 
 import asyncio
+import contextlib
+import logging
 from collections.abc import AsyncGenerator
-from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
@@ -14,14 +15,17 @@ from starlette.types import Receive, Scope, Send
 
 from server.answer import branch_line
 from server.branches import Branch
-from server.connection import ClientGoneError, gone
+from server.connection import while_connected
 from server.details import for_caller
 from server.sampler import Path
 from server.service import RolloutService
+from server.status import Status
 from shared.codec import MediaType
 from shared.errors import BusyError, RequestError, SpokeError
 from shared.stream import ErrorLine, dump, node_keys, node_line, tree_line
 from shared.wire import Problem, RolloutTreeRequest, RolloutTreeResponse
+
+log = logging.getLogger("spoke.server")
 
 
 async def node_stream(
@@ -33,7 +37,7 @@ async def node_stream(
         RequestError, BusyError, EngineError: as for `RolloutService.rollout_tree`, before the first node.
         ClientGoneError: the client went away before it.
     """
-    lines: asyncio.Queue[str] = asyncio.Queue()
+    lines: asyncio.Queue[str | None] = asyncio.Queue()
     sent: set[str] = set()
     tokens = service.tokens if body.return_text else None
 
@@ -46,24 +50,16 @@ async def node_stream(
         return for_caller(request, await service.rollout_tree(body, tell))
 
     tree = asyncio.ensure_future(whole())
-    first = asyncio.ensure_future(lines.get())
-    away = asyncio.ensure_future(gone(request))
+    tree.add_done_callback(lambda _: lines.put_nowait(None))  # behind the last node
     try:
-        await asyncio.wait({tree, first, away}, return_when=asyncio.FIRST_COMPLETED)
-        if tree.done():
+        first = await while_connected(request, lines.get())
+        if first is None:
             tree.result()  # what was refused is raised here
-        elif not first.done():
-            raise ClientGoneError
     except BaseException:
         tree.cancel()
-        await asyncio.wait({tree})
+        await asyncio.gather(tree, return_exceptions=True)
         raise
-    finally:
-        away.cancel()
-        if not first.done():
-            first.cancel()
-    begun = first.result() if first.done() and not first.cancelled() else ""
-    return _TreeStream(tree, _lines(service, tree, begun, lines, sent))
+    return _TreeStream(service.status, tree, _lines(first, lines, tree, sent, body.request_id))
 
 
 class _TreeStream(StreamingResponse):
@@ -74,59 +70,60 @@ class _TreeStream(StreamingResponse):
     """
 
     def __init__(
-        self, tree: "asyncio.Future[RolloutTreeResponse]", lines: AsyncGenerator[str, None]
+        self,
+        status: Status,
+        tree: "asyncio.Future[RolloutTreeResponse]",
+        lines: AsyncGenerator[str, None],
     ) -> None:
         super().__init__(lines, media_type=MediaType.NDJSON, headers={"Vary": "Accept"})
         self._tree = tree
         self._lines = lines
+        # From here on: between its handler's end and its first line no drain may think that nobody is answered.
+        self._answering = contextlib.ExitStack()
+        self._answering.enter_context(status.answering())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send it."""
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            self._tree.cancel()
-            await asyncio.gather(self._tree, return_exceptions=True)
-            await (
-                self._lines.aclose()
-            )  # else it waits for the garbage collector, and counts as answering
+        with self._answering:
+            try:
+                await super().__call__(scope, receive, send)
+            finally:
+                self._tree.cancel()
+                await asyncio.gather(self._tree, return_exceptions=True)
+                await self._lines.aclose()
 
 
 async def _lines(
-    service: RolloutService,
+    first: str | None,
+    lines: asyncio.Queue[str | None],
     tree: "asyncio.Future[RolloutTreeResponse]",
-    begun: str,
-    lines: asyncio.Queue[str],
     sent: set[str],
+    request_id: str | None,
 ) -> AsyncGenerator[str, None]:
-    """The lines."""
-    with service.status.answering():
-        waiting = asyncio.ensure_future(lines.get())
-        try:
-            if begun:
-                yield begun
-            while not tree.done():
-                both: set[asyncio.Future[Any]] = {tree, waiting}
-                await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-                if waiting.done():
-                    yield waiting.result()
-                    waiting = asyncio.ensure_future(lines.get())
-            if waiting.done():
-                yield waiting.result()
-            waiting.cancel()  # it would take lines from what follows
-            while not lines.empty():
-                yield lines.get_nowait()
-            yield _end(tree, sent)
-        finally:
-            waiting.cancel()
+    """The lines: those that come until None does, and the end."""
+    line = first
+    while line is not None:
+        yield line
+        line = await lines.get()
+    yield _end(tree, sent, request_id)
 
 
-def _end(tree: "asyncio.Future[RolloutTreeResponse]", sent: set[str]) -> str:
+def _end(
+    tree: "asyncio.Future[RolloutTreeResponse]", sent: set[str], request_id: str | None
+) -> str:
     """What is left to say: nodes that there was no news of, and the last line."""
     try:
         whole = tree.result()
     except SpokeError as error:
-        return dump(ErrorLine(problem=_problem(error)))
+        return dump(ErrorLine(problem=_problem(error, request_id)))
+    except Exception:  # the stream's edge: its reader gets a line and we get the traceback
+        log.exception("a tree that was streamed failed")
+        title, detail = (
+            "Unexpected error",
+            "an unexpected error; the server's log has the traceback",
+        )
+        problem = Problem(title=title, status=500, detail=detail, request_id=request_id)
+        return dump(ErrorLine(problem=problem))
     keys = node_keys([node.parent for node in whole.nodes])
     rest = [
         dump(node_line(node, key))
@@ -136,7 +133,13 @@ def _end(tree: "asyncio.Future[RolloutTreeResponse]", sent: set[str]) -> str:
     return "".join([*rest, dump(tree_line(whole, keys))])
 
 
-def _problem(error: SpokeError) -> Problem:
+def _problem(error: SpokeError, request_id: str | None) -> Problem:
     status = error.status if isinstance(error, RequestError | BusyError) else 503
     field = error.field if isinstance(error, RequestError) else None
-    return Problem(title="The tree failed", status=status, detail=str(error), field=field)
+    return Problem(
+        title="The tree failed",
+        status=status,
+        detail=str(error),
+        field=field,
+        request_id=request_id,
+    )

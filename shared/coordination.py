@@ -106,7 +106,9 @@ class RedisCoordinator:
 
     async def _call(self, call: Awaitable[T], bound_s: float = CALL_S) -> T:
         try:
-            return await asyncio.wait_for(call, bound_s)
+            # Not `wait_for`, which in Python 3.11 may swallow a cancellation, and with it a server's stop.
+            async with asyncio.timeout(bound_s):
+                return await call
         except (RedisError, OSError, TimeoutError) as error:
             reason = str(error) or type(error).__name__
             raise CoordinationError(f"Redis at {self._where} does not answer: {reason}") from error
