@@ -92,18 +92,22 @@ class Gate:
         return len(self._line)
 
     @contextlib.asynccontextmanager
-    async def admitted(self, expected: Cost, kind: str = "") -> AsyncIterator["Admitted"]:
+    async def admitted(
+        self, expected: Cost, kind: str = "", prompt_tokens: int = 0
+    ) -> AsyncIterator["Admitted"]:
         """Hold a place while a tree grows.
 
         Args:
             expected: of the tree's plan.
             kind: of trees that are alike in what they come to.
+            prompt_tokens: which take up memory too, all of them.
 
         Raises:
             BusyError: (429) the server and its line are full.
         """
         share = self._shares.setdefault(kind, _Share())
         charged = share.of(expected)
+        charged = Cost(nodes=charged.nodes, tokens=charged.tokens + prompt_tokens)
         await self._enter(charged)
         began, admitted = time.monotonic(), Admitted()
         try:

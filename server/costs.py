@@ -40,15 +40,15 @@ def most(plan: Plan, response_tokens: int) -> Cost:
         case ChainPlan():
             return _chain(plan, response_tokens)
     nodes, tokens, level, left = 0, 0, 1, response_tokens
+    moved = plan.segment_tokens // 2 if plan.align else 0  # either way, at most
     for depth, factor in enumerate(plan.branch_factors):
         if left == 0:
             break
         last = depth == len(plan.branch_factors) - 1
-        segment = left if last else min(plan.segment_tokens, left)
         level *= factor
         nodes += level
-        tokens += level * segment
-        left -= segment
+        tokens += level * (left if last else min(plan.segment_tokens + moved, left))
+        left -= min(plan.segment_tokens - moved, left)
     return Cost(nodes=nodes, tokens=tokens)
 
 

@@ -1,9 +1,13 @@
 """Rewards of a tree's leaves: of the whole response, never of the prompt or a continuation alone."""
 
+import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from server.branches import Branch, walk
 from server.details import unquoted
+from server.respond import OFF_LOOP_TOKENS
 from server.rewards.pool import RewardPool
 from server.tokens import Tokens
 from shared.tree import FinishReason
@@ -47,13 +51,18 @@ class Grading:
             if place.parent is not None and not place.branch.children
         )
         finished = [leaf for leaf in leaves if leaf not in self.grades and not self._known(leaf)]
-        texts = [self.tokens.decode(leaf.response) for leaf in finished]
+        decode = partial(self._texts, finished)
+        large = sum(len(leaf.response) for leaf in finished) >= OFF_LOOP_TOKENS
+        texts = await asyncio.to_thread(decode) if large else decode()
         reward = self.reward
         with unquoted(reward):
             graded = await self.rewards.grade(reward.name, texts, reward.reference, reward.options)
         for leaf, given in zip(finished, graded, strict=True):
             self.grades[leaf] = Graded(given.reward, given.error)
         return [self.grades[leaf] for leaf in leaves]
+
+    def _texts(self, leaves: Sequence[Branch]) -> list[str]:
+        return [self.tokens.decode(leaf.response) for leaf in leaves]
 
     def _known(self, leaf: Branch) -> bool:
         """Is a leaf's reward known without its text? Notes it then."""

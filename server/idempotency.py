@@ -82,6 +82,8 @@ class OnlyOnce(Generic[T]):
             return
         entry.finished, entry.size = time.monotonic(), self.size(entry.task.result())
         self._forget()
+        # Also where no other request comes: an idle server keeps nothing for ever.
+        asyncio.get_running_loop().call_later(self.keep_s + 1.0, self._forget)
 
     def _drop(self, request_id: str, entry: _Entry[T]) -> None:
         if self._entries.get(request_id) is entry:

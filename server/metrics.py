@@ -97,15 +97,27 @@ class Counted:
             await self._app(scope, receive, send)
             return
 
+        begun = False
+
+        def note(status: int) -> None:
+            # Paths that no route knows are one: anybody may invent them.
+            path = getattr(scope.get("route"), "path", "other")
+            known = scope["method"] if scope["method"] in METHODS else "other"
+            self._requests.labels(path, known, status).inc()
+
         async def noting(message: Message) -> None:
+            nonlocal begun
             if message["type"] == "http.response.start":
-                # Paths that no route knows are one: anybody may invent them.
-                path = getattr(scope.get("route"), "path", "other")
-                known = scope["method"] if scope["method"] in METHODS else "other"
-                self._requests.labels(path, known, message["status"]).inc()
+                begun = True
+                note(message["status"])
             await send(message)
 
-        await self._app(scope, receive, noting)
+        try:
+            await self._app(scope, receive, noting)
+        except Exception:  # on its way to Starlette's outermost layer, which answers 500
+            if not begun:
+                note(500)
+            raise
 
 
 def _is(read: Callable[[], ServerState], state: ServerState) -> float:

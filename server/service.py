@@ -24,6 +24,7 @@ from server.grading import Grading
 from server.idempotency import OnlyOnce
 from server.metrics import Metrics
 from server.prompts import prompt_ids
+from server.respond import OFF_LOOP_TOKENS
 from server.rewards.pool import RewardPool
 from server.sampler import Path, sample
 from server.status import Status
@@ -53,7 +54,9 @@ HAND_BACK_S = 2
 
 def memory(tree: RolloutTreeResponse) -> int:
     """Bytes of an answer that is kept, roughly."""
-    return sum(NODE_BYTES + TOKEN_BYTES * len(node.token_ids) for node in tree.nodes)
+    return sum(
+        NODE_BYTES + TOKEN_BYTES * len(node.token_ids) + len(node.text or "") for node in tree.nodes
+    )
 
 
 @dataclass(slots=True)
@@ -201,7 +204,7 @@ class RolloutService:
     ) -> AsyncIterator[Admitted]:
         """A place in the server; the time that it took to get one is counted."""
         cost = self._cost(request, prompt, expected)
-        async with self.gate.admitted(cost, request.plan.kind) as admitted:
+        async with self.gate.admitted(cost, request.plan.kind, len(prompt)) as admitted:
             self.metrics.queue_s.observe(time.monotonic() - arrived)
             yield admitted
 
@@ -246,7 +249,9 @@ class RolloutService:
             sample_s=sampled - started,
             reward_s=time.monotonic() - sampled,
         )
-        tree = self._answer(request, request_id, root, grading, continuations, timing)
+        answer = partial(self._answer, request, request_id, root, grading, continuations, timing)
+        large = continuations.counts.sampled >= OFF_LOOP_TOKENS
+        tree = await asyncio.to_thread(answer) if large else answer()
         self._count(tree, arrived, continuations.counts.decisions)
         return tree
 

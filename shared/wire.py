@@ -6,7 +6,7 @@ Unknown fields are refused, so that a misspelt option never passes silently.
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from shared.errors import RequestError
 from shared.tree import RolloutTree
@@ -127,6 +127,10 @@ def field_path(location: Sequence[int | str]) -> str:
     )
 
 
+COLDEST = 0.01
+"""The lowest temperature above greedy: what vLLM raises lower ones to."""
+
+
 class Sampling(RequestModel):
     """How tokens are drawn."""
 
@@ -140,6 +144,15 @@ class Sampling(RequestModel):
         default_factory=list, max_length=16
     )
     seed: int | None = Field(default=None, ge=0, lt=2**63)
+
+    @field_validator("temperature")
+    @classmethod
+    def _takes_it_as_it_is(cls, value: float) -> float:
+        if 0.0 < value < COLDEST:
+            raise ValueError(
+                f"{value} is below {COLDEST}, which vLLM would take instead; use 0 for greedy"
+            )
+        return value
 
 
 class Savings(RequestModel):

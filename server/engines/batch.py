@@ -74,6 +74,11 @@ class Batch:
         """Is there anything to sample?"""
         return self.sequences > 0
 
+    @property
+    def progress(self) -> int:
+        """Passes through the model so far; grows while the thread works, also within one long step."""
+        return self.times.steps + self._prefill.passes
+
     def enqueue(self, job: Job) -> None:
         """Line up all samples of a request."""
         for index in range(job.request.samples):

@@ -30,6 +30,8 @@ class Prefill:
         self, model: LanguageModel, cache: RowCache, rows: Rows, store: PrefixStore
     ) -> None:
         self._model, self._cache, self._rows, self._store = model, cache, rows, store
+        self.passes = 0
+        """Through the model so far."""
 
     def prompts(
         self, groups: Mapping[tuple[int, ...], Sequence[int]]
@@ -89,3 +91,4 @@ class Prefill:
         positions = torch.minimum(torch.tensor(starts, device=device)[:, None] + columns, last)
         tokens = self._rows.tokens[index].gather(1, positions)
         self._model.prefill(self._cache, index, tokens, positions, max(stops))
+        self.passes += 1

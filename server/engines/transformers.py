@@ -29,6 +29,8 @@ from server.engines.worker import Worker
 from shared.errors import EngineError
 
 P = ParamSpec("P")
+PROGRESS_S = 1.0
+"""How long a sign of life may take before progress counts as one, seconds."""
 
 
 class TransformersEngine:
@@ -99,12 +101,21 @@ class TransformersEngine:
             return await asyncio.wrap_future(self._worker.call(swap))
 
     async def check(self) -> None:
-        """Prove that the thread lives and the model gives numbers: one token, beside the batch.
+        """Prove that the thread lives: by one token, beside the batch, or by its progress within a long step.
 
         Raises:
-            EngineError: it does not.
+            EngineError: the model gives no numbers, or the thread has ended.
         """
-        await asyncio.wrap_future(self._worker.call(lambda batch: batch.check()))
+        before = self._worker.progress
+        answer = asyncio.wrap_future(self._worker.call(lambda batch: batch.check()))
+        try:
+            while not answer.done():
+                await asyncio.wait({answer}, timeout=PROGRESS_S)
+                if not answer.done() and self._worker.progress > before:
+                    return  # it computes a prompt, between whose passes it takes no commands
+            answer.result()
+        finally:
+            answer.cancel()
 
     async def times(self) -> Times:
         """Where the time of all steps so far went."""

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Coroutine, Iterator
 from typing import Any, TypeVar
 from uuid import uuid4
 
@@ -105,7 +105,7 @@ class VllmEngine:
                 )
                 for part, (first, samples) in zip(parts, sizes, strict=True)
             ]
-            await self._while_alive(asyncio.gather(*reads))
+            await self._while_alive(_all(*reads))
         reused = sum(part.cached_tokens * len(part.completions) for part in parts)
         completions = {i: done for part in parts for i, done in part.completions.items()}
         if request.on_completion is not None:
@@ -255,6 +255,17 @@ async def open_engine(settings: EngineSettings) -> VllmEngine:
         await engine.close()
         raise
     return engine
+
+
+async def _all(*reads: Coroutine[Any, Any, None]) -> None:
+    """Read every part to its end; where one fails the others end too, so that none samples on for nobody."""
+    tasks = [asyncio.ensure_future(read) for read in reads]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _label(version: int) -> str:

@@ -51,7 +51,8 @@ class Worker:
     @property
     def open_sequences(self) -> int:
         """Sequences that run or wait; a command that the thread has not taken yet counts as one."""
-        running = 0 if self._batch is None else self._batch.sequences
+        batch = self._batch  # the thread may take it away at any moment
+        running = 0 if batch is None else batch.sequences
         return running + self._commands.qsize()
 
     def submit(self, job: Job) -> None:
@@ -74,6 +75,12 @@ class Worker:
         future: Future[T] = Future()
         self._send(_Call(action, future))
         return future
+
+    @property
+    def progress(self) -> int:
+        """Grows while the thread works; see `Batch.progress`."""
+        batch = self._batch  # the thread may take it away at any moment
+        return 0 if batch is None else batch.progress
 
     def close(self) -> None:
         """End the thread and wait for it; every request still open fails."""

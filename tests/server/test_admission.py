@@ -140,10 +140,20 @@ async def test_a_tree_is_charged_by_what_its_kind_came_to() -> None:
         assert (gate.nodes, gate.tokens) == (10, 100)
 
 
+async def test_a_prompt_takes_its_own_tokens() -> None:
+    gate = Gate(cost(100, 1000))
+    async with gate.admitted(cost(1, 16), "group", 900):
+        assert gate.tokens == 916
+    assert gate.tokens == 0
+
+
 def test_what_plans_can_come_to() -> None:
     tree = TreePlan(branch_factors=[6, 6, 6], segment_tokens=30)
     assert most(tree, 1000) == cost(6 + 36 + 216, 36 * 30 + 6 * 30 + 216 * 940)
     assert most(tree, 40) == cost(6 + 36, 6 * 30 + 36 * 10)
+    # Segments of 15 to 45 tokens: more levels, and more of each.
+    aligned = tree.model_copy(update={"align": True})
+    assert most(aligned, 40) == cost(6 + 36 + 216, 6 * 40 + 36 * 25 + 216 * 10)
     assert most(GroupPlan(samples=8), 100) == cost(8, 800)
     fixed = ChainPlan(samples=2, partition=FixedPartition(tokens=40), value_rollouts=3)
     assert most(fixed, 100) == cost(2 + 6 * 3, 200 + 6 * (100 + 60 + 20))

@@ -52,6 +52,8 @@ async def test_a_reader_that_goes_away_gives_the_tree_up(when: str) -> None:
             await asyncio.Event().wait()  # a reader that reads nothing
 
     stream: Any = await node_stream(Request(SCOPE, receive), service, BODY)  # type: ignore[arg-type]
+    # Its handler is over and its first line not sent: a drain must not take this for nobody.
+    assert service.status.in_flight == 1
     if when == "before the first line":
         gone.set()
     sent = asyncio.create_task(stream(SCOPE, receive, send))
