@@ -69,7 +69,7 @@ class Backoff:
         [1.6, 5.0, 60.0]
         """
         self.failures += now >= self.until
-        own = min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** min(max(0, self.failures - 1), 16))
+        own: float = min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** min(max(0, self.failures - 1), 16))
         wait = min(MAX_WAIT_S, max(own, retry_after_s or 0.0))
         self.until = max(self.until, now + wait)
         return wait
