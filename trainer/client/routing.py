@@ -16,6 +16,8 @@ FIRST_BACKOFF_S = 0.2
 MAX_BACKOFF_S = 15.0
 MAX_WAIT_S = 60.0
 """Most that a server is left alone, whatever its Retry-After: a wrong one would lock it out for good."""
+LEAST_WORD_S = 1.0
+"""Least Retry-After that is taken at its word: less would be asking without a pause."""
 NEVER = float("-inf")
 
 
@@ -58,19 +60,23 @@ class Backoff:
     """In a row."""
 
     def failed(self, now: float, retry_after_s: float | None) -> float:
-        """Note a failure; seconds to leave it alone: doubling from one to the next, or longer where it says so.
+        """Note a failure; seconds to leave it alone: what it says, or doubling from one failure to the next.
 
-        Requests that fail together on a server that dies are one failure.
+        What it says is bounded both ways: less than a second is no word to go by. Requests that fail together on
+        a server that dies are one failure.
 
         >>> backoff = Backoff()
         >>> [backoff.failed(now, None) for now in (0.0, 0.1, 0.5, 1.0)]
         [0.2, 0.2, 0.4, 0.8]
         >>> [backoff.failed(now, says) for now, says in ((2.0, 0.0), (4.0, 5.0), (9.0, 86400.0))]
         [1.6, 5.0, 60.0]
+        >>> backoff.failed(99.0, 1.0)
+        1.0
         """
         self.failures += now >= self.until
         own: float = min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** min(max(0, self.failures - 1), 16))
-        wait = min(MAX_WAIT_S, max(own, retry_after_s or 0.0))
+        says = retry_after_s or 0.0
+        wait = min(MAX_WAIT_S, says) if says >= LEAST_WORD_S else max(own, says)
         self.until = max(self.until, now + wait)
         return wait
 
