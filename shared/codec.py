@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, ValidationError, model_validator
 
-from shared.errors import TreeError
+from shared.errors import TreeError, TreeTooLargeError
 from shared.media import MediaType, choose, wants_zstd
 from shared.packed import PackedNumbers, pack_floats, pack_integers, pack_texts, unpack_texts
 from shared.tree import FinishReason, Node, Role
@@ -118,7 +118,7 @@ def decode(body: bytes, media: MediaType, *, limit_bytes: int = LIMIT_BYTES) -> 
         limit_bytes: most bytes that the arrays and texts of a MSGPACK body may have when unpacked.
 
     Raises:
-        TreeError: the body is damaged, too large, or holds no tree.
+        TreeError: the body is damaged, too large (TreeTooLargeError), or holds no tree.
     """
     try:
         match media:
@@ -188,7 +188,7 @@ def _nodes(columns: _Columns, limit_bytes: int) -> list[Node]:
     frames = (columns.token_ids.data, columns.logprobs.data, columns.text)
     size = sum(content_size(frame) or 0 for frame in frames)
     if size > limit_bytes:
-        raise TreeError(f"a tree of {size} bytes, and {limit_bytes} are allowed")
+        raise TreeTooLargeError(f"a tree of {size} bytes, and {limit_bytes} are allowed")
     counts, has_logprobs = columns.token_counts, columns.has_logprobs
     tokens = _cut(columns.token_ids.unpack(limit_bytes), counts, "token ids")
     sampled = _cut(columns.logprobs.unpack(limit_bytes), chosen(counts, has_logprobs), "logprobs")

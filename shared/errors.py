@@ -5,6 +5,7 @@ SpokeError
 ├── RequestError           a request is malformed; HTTP 400/422 with the field named
 ├── BusyError              a server is full, loading, draining or stale; HTTP 429/503 with Retry-After
 ├── TreeError              a tree breaks its own rules (a parent after its child, a leaf without a value)
+│   └── TreeTooLargeError  it is more than the reader takes
 ├── EngineError            the engine failed, or is dead
 ├── WeightsError           bytes of a version are missing, damaged or do not fit the model
 └── CoordinationError      Redis is away, or refused
@@ -54,6 +55,10 @@ class BusyError(SpokeError):
 
 class TreeError(SpokeError, ValueError):
     """A rollout tree that breaks its own rules."""
+
+
+class TreeTooLargeError(TreeError):
+    """A tree in more bytes than its reader takes; the message names both."""
 
 
 class EngineError(SpokeError):

@@ -2,7 +2,7 @@
 
 import zstandard
 
-from shared.errors import TreeError
+from shared.errors import TreeError, TreeTooLargeError
 
 LEVEL = 1
 """The fastest: what is sent is used once, and the numbers in it hardly shrink further."""
@@ -38,11 +38,12 @@ def decompress(body: bytes, limit_bytes: int) -> bytes:
         limit_bytes: most bytes of content; hardly more is ever allocated.
 
     Raises:
-        TreeError: it is damaged, or holds more.
+        TreeError: it is damaged.
+        TreeTooLargeError: it holds more.
     """
     size = content_size(body)
     if size is not None and size > limit_bytes:
-        raise TreeError(f"a zstd frame of {size} bytes, and {limit_bytes} are allowed")
+        raise TreeTooLargeError(f"a zstd frame of {size} bytes, and {limit_bytes} are allowed")
     decompressor = zstandard.ZstdDecompressor(max_window_size=_WINDOW)
     try:
         if size:
@@ -61,7 +62,7 @@ def _by_pieces(decompressor: zstandard.ZstdDecompressor, body: bytes, limit_byte
         content += frame.decompress(body[at : at + _PIECE])
         at += _PIECE
         if len(content) > limit_bytes:
-            raise TreeError(f"a zstd frame of more than the {limit_bytes} bytes allowed")
+            raise TreeTooLargeError(f"a zstd frame of more than the {limit_bytes} bytes allowed")
     if not frame.eof or frame.unused_data or at < len(body):
         raise TreeError("a zstd frame that is cut off, or followed by something")
     return bytes(content)

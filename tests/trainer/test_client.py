@@ -25,7 +25,7 @@ from typing import Any
 
 import pytest
 from fake_rollouts import ANSWER, REQUEST, Fake, asking, dies_mid_answer, problem
-from fastapi.responses import PlainTextResponse, RedirectResponse, StreamingResponse
+from fastapi.responses import PlainTextResponse, RedirectResponse, Response, StreamingResponse
 from support import free_port
 
 from shared.errors import ConfigError, FleetError, RequestError
@@ -33,8 +33,9 @@ from shared.wire import (
     GroupPlan,
     Sampling,
 )
-from trainer.client import AsyncClient, Client
+from trainer.client import AsyncClient, Client, Target, fixed
 from trainer.client.connection import open_http
+from trainer.client.retries import retry_after
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -123,6 +124,30 @@ async def test_an_answer_that_dribbles_is_given_up_at_the_bound(fake: Fake) -> N
             await client.rollout_tree(REQUEST)
 
 
+@pytest.mark.parametrize("status", [429, 503])
+@pytest.mark.parametrize("says", ["0", "Wed, 21 Oct 2015 07:28:00 GMT"], ids=["zero", "past"])
+async def test_a_retry_after_of_nothing_is_no_leave_to_hammer(
+    fake: Fake, status: int, says: str
+) -> None:
+    server = fake(lambda i: problem(status, **{"Retry-After": says}))
+    async with AsyncClient(server.url, timeout_s=1) as client:
+        with pytest.raises(FleetError):
+            await client.rollout_tree(REQUEST)
+    assert 2 <= len(server.bodies) <= 3  # at 0, 0.2 and 0.6 s at the earliest
+
+
+@pytest.mark.parametrize(
+    "date", [f"Wed, 21 Oct {'9' * 23} 07:28:00 GMT", f"Wed, 21 Oct 2026 07:28:00 +{'9' * 20}"]
+)
+async def test_a_date_that_no_clock_can_hold_is_none(fake: Fake, date: str) -> None:
+    server = fake(lambda i: ANSWER if i else problem(503, **{"Retry-After": date}))
+    async with AsyncClient(server.url, timeout_s=10) as client:
+        await client.rollout_tree(REQUEST)
+    assert len(server.bodies) == 2
+    past = {"retry-after": "Thu, 01 Jan 1970 00:00:30 GMT"}
+    assert retry_after(past | {"date": date}, 10.0) == 20.0
+
+
 # 2. Failover
 
 
@@ -132,11 +157,13 @@ async def test_an_answer_that_dribbles_is_given_up_at_the_bound(fake: Fake) -> N
         lambda i: problem(503, **{"Retry-After": "60"}),
         lambda i: problem(429, **{"Retry-After": "60"}),
         lambda i: problem(500),
+        lambda i: problem(408, "body"),
+        lambda i: Response(b"no gzip", headers={"Content-Encoding": "gzip"}),
         lambda i: problem(409, "min_weight_version"),
         lambda i: dies_mid_answer(),
         lambda i: PlainTextResponse("<html>a proxy's page</html>"),
     ],
-    ids=["503", "429", "500", "stale", "dies mid-answer", "no tree"],
+    ids=["503", "429", "500", "408", "no gzip", "stale", "dies mid-answer", "no tree"],
 )
 async def test_a_tree_moves_to_another_server_at_once(
     fake: Fake, refusal: Callable[[int], Any]
@@ -183,9 +210,19 @@ async def test_a_full_server_gets_the_next_tree_as_soon_as_one_of_ours_ends(fake
     assert len(server.bodies) == 3
 
 
-async def test_a_request_that_one_server_cannot_do_takes_it_from_no_other(fake: Fake) -> None:
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda i: problem(500),
+        lambda i: Response(b"no gzip", headers={"Content-Encoding": "gzip"}),
+    ],
+    ids=["500", "no gzip"],
+)
+async def test_a_request_that_one_server_cannot_do_takes_it_from_no_other(
+    fake: Fake, answer: Callable[[int], Any]
+) -> None:
     """A 500 may be of the request's own making."""
-    bad, good = fake(lambda i: problem(500)), fake(lambda i: ANSWER)
+    bad, good = fake(answer), fake(lambda i: ANSWER)
     async with AsyncClient([bad.url, good.url], timeout_s=10) as client:
         for i in range(20):
             await client.rollout_tree(asking(f"question {i}"))
@@ -197,6 +234,26 @@ async def test_nobody_listens_at_one_address(fake: Fake) -> None:
     async with AsyncClient([f"http://127.0.0.1:{free_port()}", good.url], timeout_s=10) as client:
         for i in range(8):
             await client.rollout_tree(asking(f"question {i}"))
+
+
+@pytest.mark.parametrize(
+    "url",
+    ["http://[::1", "http://a:b", "http://127.0.0.1:99999", "http://a\x00b", "nowhere"],
+)
+async def test_a_server_whose_listed_url_is_none_costs_no_tree(fake: Fake, url: str) -> None:
+    """A record of the fleet is what some server wrote of itself."""
+    good = fake(lambda i: ANSWER)
+
+    async def listed() -> list[Target]:
+        return [Target(url=url), Target(url=good.url, load=1)]
+
+    async with AsyncClient(listed, affinity_slack=0, timeout_s=10) as client:
+        await client.rollout_tree(REQUEST)
+        assert await client.ready() == [good.url]
+        assert await client.info() == {"server_id": "fake"}
+    async with AsyncClient(fixed(url), timeout_s=0.3) as client:
+        with pytest.raises(FleetError, match=r"the last reason: .*: \w+: "):
+            await client.rollout_tree(REQUEST)
 
 
 # 3. What is raised
@@ -243,6 +300,9 @@ async def test_a_token_that_is_not_taken_is_named(fake: Fake, status: int) -> No
     [
         ("127.0.0.1:8000", "write a URL"),
         ("ftp://a", "write a URL"),
+        ("http://[::1", "number 1 .*write a URL"),
+        (["http://a", "http://me:se/same@host"], "number 2 .*write a URL"),
+        ("http://127.0.0.1:99999", "write a URL"),
         ([], "at least one"),
         ("http://me:sesame@host", "out of its URL"),
     ],

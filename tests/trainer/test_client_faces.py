@@ -6,11 +6,14 @@ import signal
 import threading
 from collections.abc import Iterator
 
+import httpx
 import pytest
 from fake_rollouts import ANSWER, REQUEST, Fake, asking, problem
+from fastapi.responses import Response
 from support import free_port
 
-from shared.errors import ConfigError, FleetError, RequestError
+from shared import stream
+from shared.errors import ConfigError, FleetError, RequestError, TreeError, TreeTooLargeError
 from shared.wire import (
     RolloutTreeRequest,
     RolloutTreeResponse,
@@ -47,14 +50,39 @@ def test_an_error_in_a_callback_comes_out(fake: Fake) -> None:
     assert len(server.bodies) == 1
 
 
-async def test_an_error_in_a_callback_is_not_taken_for_a_servers(fake: Fake) -> None:
-    def on_node(node: NodeLine) -> None:
-        raise TimeoutError("mine")
+@pytest.mark.parametrize(
+    "mine",
+    [
+        TimeoutError,
+        httpx.ReadError,
+        httpx.DecodingError,
+        httpx.InvalidURL,
+        TreeError,
+        TreeTooLargeError,
+    ],
+)
+@pytest.mark.parametrize("streams", [True, False], ids=["stream", "whole"])
+async def test_an_error_in_a_callback_is_not_taken_for_a_servers(
+    fake: Fake, mine: type[Exception], streams: bool
+) -> None:
+    raised = mine("mine")
 
-    server = fake(lambda i: ANSWER)
-    async with AsyncClient(server.url) as client:
-        with pytest.raises(TimeoutError, match="mine"):
+    def on_node(node: NodeLine) -> None:
+        raise raised
+
+    tree = RolloutTreeResponse.model_validate(ANSWER)
+    server = fake(
+        lambda i: (
+            Response("".join(stream.lines(tree)), media_type="application/x-ndjson")
+            if streams
+            else ANSWER
+        )
+    )
+    async with AsyncClient(server.url, timeout_s=5) as client:
+        with pytest.raises(mine, match="mine") as caught:
             await client.rollout_tree(REQUEST, on_node=on_node)
+    assert caught.value is raised
+    assert caught.value.__cause__ is caught.value.__context__ is None
     assert len(server.bodies) == 1
 
 

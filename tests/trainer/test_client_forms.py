@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+import msgpack
 import pytest
 from fake_rollouts import ANSWER, REQUEST, Fake, asking
 from fastapi.responses import Response, StreamingResponse
@@ -62,6 +63,18 @@ async def test_a_damaged_packed_answer_is_asked_for_again(fake: Fake) -> None:
     async with AsyncClient(server.url) as client:
         assert await client.rollout_tree(REQUEST) == TREE
     assert len(server.bodies) == 2
+
+
+async def test_a_tree_that_is_too_large_is_refused_at_once(fake: Fake) -> None:
+    """Any server would give it again; sampling it once was costly enough."""
+    document = msgpack.unpackb(codec.encode(TREE, MediaType.MSGPACK))
+    document["nodes"]["token_ids"]["data"] = codec.compress(bytes(codec.LIMIT_BYTES + 4))
+    body = msgpack.packb(document)
+    server = fake(lambda i: Response(body, media_type="application/msgpack"))
+    async with AsyncClient(server.url, timeout_s=10) as client:
+        with pytest.raises(RequestError, match=f"{codec.LIMIT_BYTES} are allowed .LIMIT_BYTES"):
+            await client.rollout_tree(REQUEST)
+    assert len(server.bodies) == 1
 
 
 async def test_nodes_come_while_the_tree_is_still_sampled(fake: Fake) -> None:

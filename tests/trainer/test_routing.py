@@ -2,7 +2,7 @@
 
 1. A question stays with its server; servers that come or go move their own share alone.
 2. It leaves while that server's load is more than the slack above the least.
-3. A server that failed is left alone, twice as long each time, or as long as it says.
+3. A server that failed is left alone, twice as long each time, or longer where it says so, within a bound.
 4. What a request met concerns that request alone.
 5. Servers with the wanted weights come first.
 6. Our own trees count once, whatever a server says of its load.
@@ -99,14 +99,21 @@ def test_what_a_request_met_is_its_own() -> None:
     assert choose(of) == own
 
 
-def test_backing_off_has_a_most_and_a_retry_after_has_none() -> None:
+def test_backing_off_has_a_most_and_so_has_a_retry_after() -> None:
     backoff = Backoff()
     waits = []
     for _ in range(40):
         waits.append(backoff.failed(backoff.until if backoff.failures else 0.0, None))
     assert waits[:4] == [0.2, 0.4, 0.8, 1.6]
     assert waits[-1] == 15.0
-    assert backoff.failed(0.0, 100.0) == 100.0
+    assert backoff.failed(0.0, 20.0) == 20.0
+    assert backoff.failed(0.0, 86400.0) == 60.0
+
+
+def test_a_retry_after_of_nothing_does_not_end_the_backing_off() -> None:
+    backoff = Backoff()
+    waits = [backoff.failed(now, 0.0) for now in (0.0, 1.0, 2.0, 3.0)]
+    assert waits == [0.2, 0.4, 0.8, 1.6]
 
 
 def test_a_short_failure_does_not_cut_a_long_wait_short() -> None:

@@ -11,11 +11,11 @@ from typing import Any, Self
 import httpx
 from pydantic import TypeAdapter, ValidationError
 
-from shared.errors import FleetError, RequestError, TreeError
+from shared.errors import FleetError, RequestError, TreeError, TreeTooLargeError
 from shared.wire import RolloutTreeRequest, RolloutTreeResponse
-from trainer.client.connection import checked_urls, open_http
+from trainer.client.connection import checked_urls, endpoint, open_http
 from trainer.client.identity import question_key, repeatable
-from trainer.client.reading import OnNode, StreamedError, accepts, read_tree
+from trainer.client.reading import CallbackError, OnNode, StreamedError, accepts, read_tree
 from trainer.client.retries import Failure, failure, problem
 from trainer.client.routing import ListServers, Router, Target, Trail, fixed
 
@@ -90,9 +90,11 @@ class AsyncClient:
                 to another server. A server that does not stream gives them all at the end.
 
         Raises:
-            RequestError: the request itself is refused; it names the field and the remedy.
+            RequestError: the request itself is refused, or its tree is too large to take; it names the field and
+                the remedy.
             ConfigError: a server does not take the token.
             FleetError: no server gave the tree within the bound; it names the last reason.
+            Exception: whatever `on_node` raises.
         """
         request = repeatable(request, seeded=self._reproducible)
         body = request.model_dump_json(exclude_none=True).encode()
@@ -115,6 +117,8 @@ class AsyncClient:
                 if isinstance(answer, RolloutTreeResponse):
                     self._router.answered(choice.url)
                     return answer
+                if isinstance(answer, CallbackError):
+                    raise answer.error
                 reason = f"{choice.url}: {answer.reason}"
                 self._note(choice.url, answer, trail)
         raise FleetError(f"no tree within {self._timeout_s:g} s; the last reason: {reason}")
@@ -162,7 +166,7 @@ class AsyncClient:
         """
         reason = "no live server is ready"
         for where in await self._urls() if url is None else [url.rstrip("/")]:
-            answer = await self._get(f"{where}/info")
+            answer = await self._get(where, "/info")
             if isinstance(answer, httpx.Response) and answer.is_success:
                 try:
                     return _OBJECT.validate_json(answer.content)
@@ -177,7 +181,7 @@ class AsyncClient:
     async def ready(self) -> list[str]:
         """URLs of the servers that would take a request now."""
         urls = await self._urls()
-        answers = await asyncio.gather(*(self._get(f"{url}/readyz") for url in urls))
+        answers = await asyncio.gather(*(self._get(url, "/readyz") for url in urls))
         return [
             url
             for url, answer in zip(urls, answers, strict=True)
@@ -195,10 +199,10 @@ class AsyncClient:
     async def _urls(self) -> list[str]:
         return [target.url for target in await self._list()]
 
-    async def _get(self, url: str) -> httpx.Response | Failure:
+    async def _get(self, url: str, path: str) -> httpx.Response | Failure:
         try:
-            return await self._http.get(url, timeout=PROBE_S)
-        except httpx.TransportError as error:
+            return await self._http.get(endpoint(url, path), timeout=PROBE_S)
+        except (httpx.RequestError, httpx.InvalidURL) as error:
             return Failure(reason=_named(error))
 
     async def _refresh(self) -> None:
@@ -216,28 +220,29 @@ class AsyncClient:
                 await self._freed.wait()
 
     def _note(self, url: str, failed: Failure, trail: Trail) -> None:
-        """Leave the server alone for a while: this request by a jitter longer than all others."""
+        """Leave the server alone for a while: this request, and where the failure is the server's, all others."""
         now = _now()
-        noted = trail.backoffs[url]
-        wait = noted.failed(now, failed.retry_after_s)
+        own = trail.backoffs[url]
+        wait, wait_of_all = own.failed(now, failed.retry_after_s), 0.0
         if failed.whole_server:
-            wait = self._router.failed(url, now, failed.retry_after_s)
+            wait_of_all = self._router.failed(url, now, failed.retry_after_s)
             if failed.retry_after_s is None:
                 self._listed_at = float("-inf")  # it may be dead: ask who lives
-        if failed.full:
-            self._router.full(url, now, failed.retry_after_s)
-        noted.until = now + wait * (1 + self._random.uniform(0, JITTER))
+        elif failed.full:
+            wait_of_all = self._router.full(url, now, failed.retry_after_s)
+        # A jitter after all others may ask again: those that failed together do not return together.
+        own.until = now + max(wait, wait_of_all) * (1 + self._random.uniform(0, JITTER))
 
     async def _ask(
         self, url: str, body: bytes, deadline: float, on_node: OnNode | None
-    ) -> RolloutTreeResponse | Failure:
+    ) -> RolloutTreeResponse | Failure | CallbackError:
         """One attempt at one server."""
         try:
             async with (
-                asyncio.timeout_at(deadline) as bound,
+                asyncio.timeout_at(deadline),
                 self._http.stream(
                     "POST",
-                    f"{url}/rollout_tree",
+                    endpoint(url, "/rollout_tree"),
                     content=body,
                     headers={"Content-Type": "application/json", "Accept": accepts(on_node)},
                 ) as answer,
@@ -245,14 +250,19 @@ class AsyncClient:
                 if answer.status_code == httpx.codes.OK:
                     return await read_tree(answer, on_node)
                 found = problem(answer.status_code, await answer.aread())
+        except CallbackError as error:
+            return error
         except TimeoutError:
-            if not bound.expired():
-                raise  # not ours: of the caller's `on_node`
             return Failure(reason="ReadTimeout: no whole answer by the bound")
-        except httpx.TransportError as error:
-            return Failure(reason=_named(error), whole_server=True)
-        except TreeError as error:
+        except TreeTooLargeError as error:  # so it would be from any server
+            detail = f"{error} (LIMIT_BYTES of shared/codec.py); ask for fewer or shorter branches"
+            raise RequestError(
+                "plan", detail, status=httpx.codes.REQUEST_ENTITY_TOO_LARGE
+            ) from None
+        except (TreeError, httpx.DecodingError) as error:
             return Failure(reason=f"its answer is no tree: {error}")
+        except (httpx.RequestError, httpx.InvalidURL) as error:
+            return Failure(reason=_named(error), whole_server=True)
         except StreamedError as error:  # refused after the stream had begun
             found = error.problem
         return failure(url, found, answer.headers, time.time())
@@ -262,5 +272,5 @@ def _now() -> float:
     return asyncio.get_running_loop().time()
 
 
-def _named(error: httpx.TransportError) -> str:
+def _named(error: httpx.RequestError | httpx.InvalidURL) -> str:
     return f"{type(error).__name__}: {error}".removesuffix(": ")

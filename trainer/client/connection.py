@@ -3,7 +3,6 @@
 import os
 import socket
 from collections.abc import Iterable
-from urllib.parse import urlsplit
 
 import httpx
 
@@ -42,18 +41,35 @@ def checked_urls(servers: str | Iterable[str]) -> list[str]:
         ConfigError: one is not, or carries a password, or there is none.
     """
     urls = [servers] if isinstance(servers, str) else list(servers)
-    for url in urls:
-        parts = urlsplit(url)
-        if parts.username or parts.password:
+    for place, url in enumerate(urls, 1):
+        try:
+            parts = endpoint(url)
+        except httpx.InvalidURL:  # not repeated, as a password may stand in it
             raise ConfigError(
-                f"server {parts.hostname}: leave user and password out of its URL, which stands in logs; "
+                f"servers: number {place} is none; write a URL such as http://127.0.0.1:8000"
+            ) from None
+        if parts.userinfo:
+            raise ConfigError(
+                f"server {parts.host}: leave user and password out of its URL, which stands in logs; "
                 f"set {TOKEN_VARIABLE}"
             )
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if parts.scheme not in ("http", "https") or not parts.host:
             raise ConfigError(f"server {url!r}: write a URL such as http://127.0.0.1:8000")
     if not urls:
         raise ConfigError("servers: give the URL of at least one")
     return urls
+
+
+def endpoint(server: str, path: str = "") -> httpx.URL:
+    """The URL of what a server offers.
+
+    Raises:
+        httpx.InvalidURL: nothing can be sent there.
+    """
+    url = httpx.URL(server + path)
+    if url.port is not None and not 0 < url.port < 1 << 16:  # else whoever connects raises anything
+        raise httpx.InvalidURL(f"port {url.port} is not between 1 and 65535")
+    return url
 
 
 def _authorization(token: str | None) -> dict[str, str]:

@@ -14,6 +14,14 @@ OnNode = Callable[[NodeLine], None]
 """Called with a node that has finished; `key` names it: positions among siblings, from the prompt."""
 
 
+class CallbackError(Exception):
+    """Wraps what the caller's `on_node` raised, so that it is not taken for the server's failure."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
 class StreamedError(Exception):
     """A stream said that there will be no tree, after its status had said 200."""
 
@@ -38,9 +46,10 @@ async def read_tree(answer: httpx.Response, on_node: OnNode | None) -> RolloutTr
         on_node: told of each node, at the end where the answer is whole.
 
     Raises:
-        TreeError: there is no tree in it, or it ends too early.
+        TreeError: there is no tree in it, or it ends too early; TreeTooLargeError if it is more than LIMIT_BYTES.
+        CallbackError: `on_node` raised.
         StreamedError: a stream says that there will be no tree.
-        httpx.TransportError: the connection broke.
+        httpx.RequestError: the connection broke, or the bytes are not in their `Content-Encoding`.
     """
     kind = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == MediaType.NDJSON:
@@ -50,8 +59,15 @@ async def read_tree(answer: httpx.Response, on_node: OnNode | None) -> RolloutTr
     if on_node is not None:
         keys = node_keys([node.parent for node in tree.nodes])
         for node, key in zip(tree.nodes, keys, strict=True):
-            on_node(node_line(node, key))
+            _tell(on_node, node_line(node, key))
     return tree
+
+
+def _tell(on_node: OnNode, node: NodeLine) -> None:
+    try:
+        on_node(node)
+    except Exception as error:  # the caller's, of any kind; `rollout_tree` raises it as it was
+        raise CallbackError(error) from error
 
 
 async def _assembled(answer: httpx.Response, on_node: OnNode | None) -> RolloutTreeResponse:
@@ -64,7 +80,7 @@ async def _assembled(answer: httpx.Response, on_node: OnNode | None) -> RolloutT
         if isinstance(found, RolloutTreeResponse):
             return found
         if on_node is not None:
-            on_node(found)
+            _tell(on_node, found)
     raise TreeError("the stream ended before the tree's last line")
 
 

@@ -1,7 +1,7 @@
 """What an answer that is no tree means: tried again elsewhere, or raised. Pure: nothing is sent, no clock is read.
 
 - 502, 503, transport errors: the server is left alone for a while by every request.
-- 500, 504, a stale server (409): this request alone tries elsewhere, others may well be served.
+- 408, 500, 504, a stale server (409): this request alone tries elsewhere, others may well be served.
 - 429: so too, and the server gets no more trees at once than it has of ours.
 - 401, 403: ConfigError, the token.
 - anything else: RequestError, it would be refused again.
@@ -19,7 +19,7 @@ from shared.wire import Problem
 
 TOKEN_VARIABLE = "SPOKE_TOKEN"
 _SERVER = frozenset({502, 503})
-_REQUEST = frozenset({429, 500, 504})
+_REQUEST = frozenset({408, 429, 500, 504})
 _DENIED = {
     401: "takes no request without a valid token",
     403: "does not allow this with the given token",
@@ -67,7 +67,7 @@ def retry_after(headers: Mapping[str, str], now: float) -> float | None:
 def _unix(date: str) -> float | None:
     try:
         return email.utils.parsedate_to_datetime(date).timestamp()
-    except ValueError:
+    except (ValueError, OverflowError):  # no date, or one that no clock can hold
         return None
 
 

@@ -14,6 +14,10 @@ from dataclasses import dataclass, field
 
 FIRST_BACKOFF_S = 0.2
 MAX_BACKOFF_S = 15.0
+MAX_WAIT_S = 60.0
+"""Most that a server is left alone, whatever its Retry-After: a wrong one would lock it out for good."""
+LEAST_WORD_S = 1.0
+"""Least Retry-After that is taken at its word: less would be asking without a pause."""
 NEVER = float("-inf")
 
 
@@ -53,21 +57,26 @@ class Backoff:
 
     until: float = NEVER
     failures: int = 0
-    """In a row, none of them with a Retry-After."""
+    """In a row."""
 
     def failed(self, now: float, retry_after_s: float | None) -> float:
-        """Note a failure; seconds to leave it alone: as it says, else doubling from one to the next.
+        """Note a failure; seconds to leave it alone: what it says, or doubling from one failure to the next.
 
-        Requests that fail together on a server that dies are one failure.
+        What it says is bounded both ways: less than a second is no word to go by. Requests that fail together on
+        a server that dies are one failure.
 
         >>> backoff = Backoff()
-        >>> [backoff.failed(now, None) for now in (0.0, 0.1, 0.5, 1.0)], backoff.failed(2.0, 5.0)
-        ([0.2, 0.2, 0.4, 0.8], 5.0)
+        >>> [backoff.failed(now, None) for now in (0.0, 0.1, 0.5, 1.0)]
+        [0.2, 0.2, 0.4, 0.8]
+        >>> [backoff.failed(now, says) for now, says in ((2.0, 0.0), (4.0, 5.0), (9.0, 86400.0))]
+        [1.6, 5.0, 60.0]
+        >>> backoff.failed(99.0, 1.0)
+        1.0
         """
-        wait = retry_after_s
-        if wait is None:
-            self.failures += now >= self.until
-            wait = min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** min(max(0, self.failures - 1), 16))
+        self.failures += now >= self.until
+        own: float = min(MAX_BACKOFF_S, FIRST_BACKOFF_S * 2 ** min(max(0, self.failures - 1), 16))
+        says = retry_after_s or 0.0
+        wait = min(MAX_WAIT_S, says) if says >= LEAST_WORD_S else max(own, says)
         self.until = max(self.until, now + wait)
         return wait
 
@@ -76,23 +85,33 @@ class Backoff:
 class _Server:
     target: Target
     in_flight: int = 0
-    peaks: tuple[int, int] = (0, 0)
-    """Most of our trees in flight since the list before the last, and since the last."""
+    most: int = 0
+    """Most of our trees in flight at once since the last list."""
+    most_before: int = 0
+    """The same, between the list before the last and the last."""
     others: int = 0
     """Trees of other clients, as far as can be known."""
     backoff: Backoff = field(default_factory=Backoff)
-    limit: float = math.inf
-    """Trees of ours that it has room for, as far as it has said."""
+    room: float = math.inf
+    """Trees of ours that it takes at once, as far as is known: set by a refusal, slowly raised by answers."""
 
     @property
     def load(self) -> int:
         return self.in_flight + self.others
 
+    @property
+    def full(self) -> bool:
+        return self.in_flight + 1 > self.room
+
     def listed(self, target: Target) -> None:
-        """What it says of its load is a moment old: it may still count trees of ours that have ended since."""
+        """Take what a new list says of it, and what of its load is not ours.
+
+        The load that it says is a moment old, so as many of ours are taken off as it may have had at that moment:
+        the most since the list before the last. `others` is rather too low than made of our own ended trees.
+        """
         self.target = target
-        self.others = max(0, target.load - max(self.peaks))
-        self.peaks = (self.peaks[1], self.in_flight)
+        self.others = max(0, target.load - max(self.most_before, self.most))
+        self.most_before, self.most = self.most, self.in_flight
 
 
 class Trail:
@@ -144,7 +163,7 @@ class Router:
             for server in fresh
         }
         rested = [server for server in fresh if until[server.target.url] <= now]
-        ready = [server for server in rested if server.in_flight + 1 <= server.limit]
+        ready = [server for server in rested if not server.full]
         if not ready:
             return min(until.values()) - now if until and not rested else None
         bound = min(server.load for server in ready) + self._slack
@@ -161,7 +180,7 @@ class Router:
         """While a tree of ours is at a server."""
         server = self._servers[url]
         server.in_flight += 1
-        server.peaks = (server.peaks[0], max(server.peaks[1], server.in_flight))
+        server.most = max(server.most, server.in_flight)
         try:
             yield
         finally:
@@ -171,20 +190,20 @@ class Router:
         """A server failed or refused, for whatever request; seconds that all of ours leave it alone."""
         return self._servers[url].backoff.failed(now, retry_after_s)
 
-    def full(self, url: str, now: float, retry_after_s: float | None) -> None:
-        """A server has no room for one more tree.
+    def full(self, url: str, now: float, retry_after_s: float | None) -> float:
+        """A server has no room for one more tree; seconds that all of ours leave it alone.
 
         It gets no more at once than those of ours that it has, so that the end of one is the moment to send
         another: a wait as long as it says would leave it idle. Where it has none of ours, that is all we can do.
         """
         server = self._servers[url]
-        if server.in_flight:
-            server.limit = server.in_flight
-        else:
-            server.backoff.failed(now, retry_after_s)
+        if not server.in_flight:
+            return self.failed(url, now, retry_after_s)
+        server.room = server.in_flight
+        return 0.0
 
     def answered(self, url: str) -> None:
         """A server gave a tree: its failures are over; room is tried for one more after each round of trees."""
         server = self._servers[url]
         server.backoff.failures = 0
-        server.limit += 1 / server.limit
+        server.room += 1 / server.room  # one more after as many answers as it has room for
