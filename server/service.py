@@ -151,7 +151,7 @@ class RolloutService:
                 f"this server holds version {self.engine.version}; ask another one, or later",
                 status=409,
             )
-        prompt = prompt_ids(request, self.tokens, self.engine.info)
+        prompt = await prompt_ids(request, self.tokens, self.engine.info)
         cost = self._cost(request, prompt, most)
         if not cost.within(self.budget):
             raise over_budget(cost, self.budget)
