@@ -8,8 +8,8 @@ from shared.errors import RequestError
 from shared.wire import RolloutTreeRequest
 
 TOKEN_CHARS = 32
-"""Characters for each token of the context, no more are tokenised: text has about 4 a token, runs of blanks or of one
-letter up to some 20 where a tokenizer has long tokens."""
+"""Characters for each token of the context; no more are tokenised. Text has about 4 a token; runs of blanks, where
+a tokenizer has long tokens, some 20."""
 OFF_LOOP_CHARS = 20_000
 """Longer texts are tokenised in a thread: about 5 ms, and fast tokenizers let the event loop run meanwhile."""
 
@@ -55,7 +55,7 @@ def _encoded(request: RolloutTreeRequest, tokens: Tokens) -> list[int]:
 
 
 def _checked_characters(request: RolloutTreeRequest, context: int) -> int:
-    """Characters of a prompt; refuses what will hardly fit the context before it is tokenised, which takes time."""
+    """Characters of a prompt; what will hardly fit is refused before it is tokenised, which takes time."""
     chat = sum(len(message.content) for message in request.messages or ())
     for name, characters in (("prompt", len(request.prompt or "")), ("messages", chat)):
         if characters > context * TOKEN_CHARS:
