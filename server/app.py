@@ -12,7 +12,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
-from server.auth import TokenTable
+from server.auth import TokenTable, caller
 from server.body import BodyLimit, StrictRoute
 from server.connection import while_connected
 from server.costs import Cost
@@ -125,7 +125,9 @@ def _add_routes(app: FastAPI, holder: Holder, limits: Limits) -> None:
         with status.answering():
             if media is MediaType.NDJSON:
                 return await node_stream(request, service(), body)
-            tree = await while_connected(request, service().rollout_tree(body))
+            tree = await while_connected(
+                request, service().rollout_tree(body, caller=caller(request))
+            )
             return await tree_response(for_caller(request, tree), media, encoding)
 
     @app.get("/livez", responses=refusals(503))

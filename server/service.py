@@ -92,13 +92,14 @@ class RolloutService:
     _graders: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(GRADED_AT_ONCE))
 
     async def rollout_tree(
-        self, request: RolloutTreeRequest, tell: Tell | None = None
+        self, request: RolloutTreeRequest, tell: Tell | None = None, *, caller: str = ""
     ) -> RolloutTreeResponse:
         """Sample and grade one tree. Cancelling aborts it, unless another caller waits for the same.
 
         Args:
             request: what is asked.
             tell: is told of nodes as they finish; of none where the tree is already being made for another caller.
+            caller: whose request ids are meant: another's are other trees.
 
         Raises:
             RequestError: the request cannot be served as it stands.
@@ -113,9 +114,9 @@ class RolloutService:
             if request.request_id is None:
                 return await make()
             digest = sha256(request.model_dump_json().encode())
-            if request_id in self._once:  # asked for only now: two may come at one moment
+            if (caller, request_id) in self._once:  # asked for only now: two may come at one moment
                 ended.well = "repeated"
-            return await self._once.get(request_id, digest, make)
+            return await self._once.get(request_id, digest, make, caller)
 
     def hand_back(self) -> int:
         """Give up every tree that still grows; their callers are told to ask another server. How many."""
