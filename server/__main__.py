@@ -205,19 +205,32 @@ def _http_limits(args: argparse.Namespace) -> "HttpLimits":
     )
 
 
-def bind(host: str, port: int) -> socket.socket:
+UNREAD_S = 60
+"""How long a peer may take no byte, seconds; then the kernel ends its connection."""
+
+
+def bind(host: str, port: int, unread_s: float = UNREAD_S) -> socket.socket:
     """A listening socket, taken before the model is loaded: a port in use is known at once.
+
+    Args:
+        host: to listen at.
+        port: 0 takes a free one.
+        unread_s: how long a peer may take no byte, where the system can tell (Linux). An answer that is given up
+            would else keep its connection, which is closed only when the peer has read what was sent before.
 
     Raises:
         ConfigError: the address cannot be had.
     """
     try:
-        return socket.create_server((host, port), family=_family(host), backlog=1024)
+        listener = socket.create_server((host, port), family=_family(host), backlog=1024)
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError(
             f"--host {host} --port {port}: {reason}; choose another --port, or 0"
         ) from None
+    if sys.platform == "linux":  # what it accepts inherits it
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(unread_s * 1000))
+    return listener
 
 
 def _family(host: str) -> socket.AddressFamily:

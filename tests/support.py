@@ -79,10 +79,10 @@ def running_server(model: Path, log: Path, *arguments: str) -> Iterator[ServerPr
 
 
 @contextlib.asynccontextmanager
-async def on_a_socket(app: ASGIApp) -> AsyncIterator[int]:
+async def on_a_socket(app: ASGIApp, listener: socket.socket | None = None) -> AsyncIterator[int]:
     """Port of a real uvicorn with an application, in this process."""
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
+    with listener or socket.create_server(("127.0.0.1", 0)) as listener:
         task = asyncio.create_task(server.serve(sockets=[listener]))
         yield int(listener.getsockname()[1])
         server.should_exit = True

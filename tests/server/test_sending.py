@@ -1,13 +1,14 @@
 """A reader that stops reading loses its answer in time, and the server what it held for it.
 
 1. A stream whose reader takes nothing ends, and so does what it holds: its place, its memory.
-2. A large answer in one piece does too.
+2. A large answer in one piece does too, and the connection does not outlive it.
 3. A slow reader that goes on reading gets all of it.
 """
 
 import asyncio
 import contextlib
 import socket
+import sys
 from collections.abc import AsyncIterator
 
 import pytest
@@ -15,6 +16,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from support import on_a_socket
 
+from server.__main__ import bind
 from server.app import Holder, create_app
 from server.costs import Cost
 from server.limits import Limits
@@ -69,6 +71,23 @@ async def test_a_reader_that_stops_reading_frees_its_place(
             assert await asyncio.wait_for(told.get(), 5) == "free"
     assert "its reader took nothing for 0.3 s; given up" in caplog.text
     assert "Traceback" not in caplog.text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the kernel's bound is Linux's")
+async def test_its_connection_is_closed_too() -> None:
+    told = asyncio.Event()
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": b"x" * WHOLE, "more_body": True})
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        told.set()
+
+    async with on_a_socket(app, bind("127.0.0.1", 0, unread_s=0.5)) as port:
+        with socket.create_connection(("127.0.0.1", port)) as never_reads:
+            never_reads.sendall(REQUEST)
+            await asyncio.wait_for(told.wait(), 10)
 
 
 async def test_a_slow_reader_gets_all_of_it() -> None:
