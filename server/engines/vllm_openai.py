@@ -46,7 +46,7 @@ WRITTEN_AS = {
     "extra_args": "vllm_xargs, kv_transfer_params or ec_transfer_params",
 }
 LEFT_OUT = {"use_beam_search": False, "best_of": 1, "length_penalty": 1.0}
-"""What vLLM's routes would do past `generate`, step by step, and what each means nothing at."""
+"""What vLLM's routes would do past `generate`, step by step, and the value at which each changes nothing."""
 REACHED = frozenset({
     "vllm_config", "model_config", "renderer", "input_processor", "errored", "dead_error", "is_running",
     "check_admission", "get_supported_tasks",
@@ -154,8 +154,10 @@ async def check_body(request: Request) -> None:
     Raises:
         VLLMValidationError: naming it.
     """
-    body = await request.json() if request.method == "POST" and await request.body() else None
-    for name, harmless in LEFT_OUT.items() if isinstance(body, dict) else ():
+    body: Any = await request.json() if await request.body() else None
+    if not isinstance(body, dict):
+        return
+    for name, harmless in LEFT_OUT.items():
         if body.get(name) not in (None, harmless):
             raise VLLMValidationError(
                 f"{name}: beams cannot be served here; leave it out", parameter=name
