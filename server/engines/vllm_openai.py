@@ -154,7 +154,10 @@ async def check_body(request: Request) -> None:
     Raises:
         VLLMValidationError: naming it.
     """
-    body: Any = await request.json() if await request.body() else None
+    try:
+        body = await request.json()
+    except ValueError:  # there is none, or it is no JSON, which is the routes' to say
+        return
     if not isinstance(body, dict):
         return
     for name, harmless in LEFT_OUT.items():
