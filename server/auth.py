@@ -31,6 +31,8 @@ SHORTEST = 16
 """Characters of a token: fewer can be guessed."""
 STATE = "granted"
 """Where the guard leaves a request's scopes in its ASGI state."""
+CALLER = "caller"
+"""Where it leaves who sent the request."""
 _TOKEN = re.compile(r"[A-Za-z0-9\-._~+/]+=*")  # RFC 6750's b64token
 
 
@@ -188,17 +190,38 @@ def enforced(mode: AuthMode, host: str, tokens: TokenTable | None) -> TokenTable
 
 
 def log_auth(
-    mode: AuthMode, host: str, tokens: TokenTable | None, tokens_file: Path | None
+    mode: AuthMode,
+    host: str,
+    tokens: TokenTable | None,
+    tokens_file: Path | None,
+    *,
+    in_environment: bool = False,
 ) -> None:
-    """Say what is asked for, and warn of what looks like a mistake."""
+    """Say what is asked for, and warn of what looks like a mistake.
+
+    Args:
+        mode: when tokens are asked for.
+        host: that the server binds to.
+        tokens: that are asked for.
+        tokens_file: where some came from, used or not.
+        in_environment: whether some came from the environment, used or not.
+    """
     if tokens is not None:
         log.info("bearer tokens are asked for: %d known", len(tokens.entries))
     elif not is_loopback(host):
         log.warning("--auth off on %s: whoever reaches this address may use the server", host)
     if mode is AuthMode.OFF and tokens_file is not None:
         log.warning("--auth off: the tokens of %s are not used", tokens_file)
+    if mode is AuthMode.OFF and in_environment:
+        log.warning("--auth off: the tokens of %s are not used", VARIABLE)
     if tokens_file is not None and os.stat(tokens_file).st_mode & 0o004:
         log.warning("%s can be read by every user here: chmod 600 it", tokens_file)
+
+
+def caller(request: "HTTPConnection") -> str:
+    """Who sent a request: the same for all that bring one token, and for all where tokens are not asked for."""
+    found: str = request.scope.get("state", {}).get(CALLER, "")
+    return found
 
 
 def granted(request: "HTTPConnection") -> frozenset[Scope]:

@@ -11,6 +11,7 @@ from fastapi.responses import Response
 from fastapi.routing import APIRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.guard import OPEN
 from server.limits import Limits
 from server.problems import problem
 
@@ -22,7 +23,7 @@ class BodyLimit:
     """ASGI middleware that reads a body within its bounds, and hands it on whole.
 
     A body that says its size is refused unread; one that does not, as soon as it is over the bound. Behind the
-    `Guard`, so that strangers cannot make the server hold anything.
+    `Guard`, and open paths take no body, so that strangers cannot make the server hold anything.
 
     Args:
         app: what gets the body in one message.
@@ -37,6 +38,10 @@ class BodyLimit:
         """Read the body, then call what is behind."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
+            return
+        if scope["path"] in OPEN and _announced(scope):
+            detail = "body: this path takes none; leave it out"
+            await problem(400, detail, field="body", headers=CLOSE)(scope, receive, send)
             return
         size = next((value for name, value in scope["headers"] if name == b"content-length"), b"")
         if size.isdigit() and int(size) > self._limits.body_bytes:
@@ -81,6 +86,14 @@ class BodyLimit:
             "send it again"
         )
         return problem(408, detail, field="body", headers=CLOSE)
+
+
+def _announced(scope: Scope) -> bool:
+    """Does a request say that a body follows?"""
+    return any(
+        name == b"transfer-encoding" or (name == b"content-length" and value.strip(b"0"))
+        for name, value in scope["headers"]
+    )
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

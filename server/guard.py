@@ -13,8 +13,9 @@ from fastapi.responses import Response
 from starlette.types import ASGIApp, Receive, Send
 from starlette.types import Scope as Connection
 
-from server.auth import ALL, STATE, Scope, TokenTable
+from server.auth import ALL, CALLER, STATE, Scope, TokenTable
 from server.problems import problem
+from shared.digests import sha256
 
 OPEN = frozenset({"/livez", "/readyz", "/openapi.json", "/docs"})
 """Paths that need no token."""
@@ -49,20 +50,32 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        scopes = ALL if self._tokens is None else self._presented(scope, self._tokens)
+        scopes: frozenset[Scope] | None = ALL
+        caller = ""
+        if self._tokens is not None:
+            scopes, caller = self._presented(scope, self._tokens)
         need = needed(scope["path"])
         if need is not None and need not in (scopes or ()):
             await _refusal(need, scopes, sent=_has_credentials(scope))(scope, receive, send)
             return
-        scope["state"] = {**scope.get("state", {}), STATE: scopes or frozenset()}
+        scope["state"] = {
+            **scope.get("state", {}),
+            STATE: scopes or frozenset(),
+            CALLER: caller,
+        }
         await self._app(scope, receive, send)
 
-    def _presented(self, scope: Connection, tokens: TokenTable) -> frozenset[Scope] | None:
+    def _presented(
+        self, scope: Connection, tokens: TokenTable
+    ) -> tuple[frozenset[Scope] | None, str]:
+        """Scopes of the token that a request brings, and its digest."""
         given = [value for name, value in scope["headers"] if name == b"authorization"]
         if len(given) != 1:
-            return None
+            return None, ""
         scheme, _, token = given[0].partition(b" ")
-        return tokens.scopes(token.strip()) if scheme.lower() == b"bearer" else None
+        if scheme.lower() != b"bearer":
+            return None, ""
+        return tokens.scopes(token.strip()), sha256(token.strip())
 
 
 def _has_credentials(scope: Connection) -> bool:

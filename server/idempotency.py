@@ -1,4 +1,4 @@
-"""The same request id and body gives the same tree, sampled once; another body is a conflict."""
+"""The same request id and body of one caller gives the same tree, sampled once; another body is a conflict."""
 
 import asyncio
 import time
@@ -25,7 +25,7 @@ class _Entry(Generic[T]):
 
 @dataclass(slots=True, kw_only=True)
 class OnlyOnce(Generic[T]):
-    """Results by request id, also while the first is still being made.
+    """Results by caller and request id, also while the first is still being made.
 
     Args:
         size: bytes of a result, roughly.
@@ -38,14 +38,16 @@ class OnlyOnce(Generic[T]):
     keep_s: float = 300.0
     keep_most: int = 256
     keep_bytes: int = 256 << 20
-    _entries: dict[str, _Entry[T]] = field(default_factory=dict)
+    _entries: dict[tuple[str, str], _Entry[T]] = field(default_factory=dict)
 
-    def __contains__(self, request_id: object) -> bool:
-        """Is there a result for this id, or one on its way?"""
-        return request_id in self._entries
+    def __contains__(self, key: object) -> bool:
+        """Is there a result for this (caller, request id), or one on its way?"""
+        return key in self._entries
 
-    async def get(self, request_id: str, body_digest: str, make: Callable[[], Awaitable[T]]) -> T:
-        """The result of `make` for this id: made now, being made, or kept.
+    async def get(
+        self, request_id: str, body_digest: str, make: Callable[[], Awaitable[T]], caller: str = ""
+    ) -> T:
+        """The result of `make` for this caller's id: made now, being made, or kept.
 
         A failure is not kept: the same id may be tried again. Callers may come and go; when the last one that
         waits has gone, what it waited for is cancelled.
@@ -54,11 +56,12 @@ class OnlyOnce(Generic[T]):
             RequestError: (409) the id came with another body.
         """
         self._forget()
-        entry = self._entries.get(request_id)
+        key = (caller, request_id)
+        entry = self._entries.get(key)
         if entry is None:
             entry = _Entry(body_digest=body_digest, task=asyncio.ensure_future(_run(make)))
-            self._entries[request_id] = entry
-            entry.task.add_done_callback(lambda _: self._finished(request_id, entry))
+            self._entries[key] = entry
+            entry.task.add_done_callback(lambda _: self._finished(key, entry))
         elif entry.body_digest != body_digest:
             raise RequestError(
                 "request_id",
@@ -73,21 +76,21 @@ class OnlyOnce(Generic[T]):
             entry.callers -= 1
             if entry.callers == 0 and not entry.task.done():
                 # Gone from the table at once, so that nobody can join what is being cancelled.
-                self._drop(request_id, entry)
+                self._drop(key, entry)
                 entry.task.cancel()
 
-    def _finished(self, request_id: str, entry: _Entry[T]) -> None:
+    def _finished(self, key: tuple[str, str], entry: _Entry[T]) -> None:
         if entry.task.cancelled() or entry.task.exception() is not None:
-            self._drop(request_id, entry)
+            self._drop(key, entry)
             return
         entry.finished, entry.size = time.monotonic(), self.size(entry.task.result())
         self._forget()
         # Also where no other request comes: an idle server keeps nothing for ever.
         asyncio.get_running_loop().call_later(self.keep_s + 1.0, self._forget)
 
-    def _drop(self, request_id: str, entry: _Entry[T]) -> None:
-        if self._entries.get(request_id) is entry:
-            del self._entries[request_id]
+    def _drop(self, key: tuple[str, str], entry: _Entry[T]) -> None:
+        if self._entries.get(key) is entry:
+            del self._entries[key]
 
     def _forget(self) -> None:
         """Drop the results that are too old, and the oldest of those that are too many."""

@@ -18,11 +18,12 @@ from typing import Any
 from safetensors import SafetensorError
 
 from server.admission import Gate, capacity
-from server.app import Holder, alive
+from server.app import Holder
 from server.costs import Cost
 from server.engines import EngineName, choose, open_engine
 from server.engines.base import Engine, SpeaksOpenAI
 from server.follower import Follower
+from server.liveness import alive
 from server.rewards.pool import RewardPool
 from server.service import RolloutService
 from server.settings import ServerSettings

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from shared.errors import RequestError
-from shared.wire import ChainPlan, Plan, RolloutTreeRequest, TreePlan
+from shared.wire import MOST_MESSAGES, ChainPlan, Plan, RolloutTreeRequest, TreePlan
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,6 +20,8 @@ class Limits:
     """Longest wait for the next piece of a body, seconds."""
     body_s: float = 60.0
     """Longest wait for a whole body, seconds."""
+    send_s: float = 60.0
+    """Longest wait for a reader to take the next piece of an answer, seconds."""
     depth: int = 16
     """Branch factors of a tree plan."""
     branch_factor: int = 256
@@ -27,7 +29,7 @@ class Limits:
     """Responses of a chain or a group plan, and rollouts for each of a chain's boundaries."""
     leaves: int = 16_384
     """Of a plan; see `leaves`."""
-    messages: int = 1024
+    messages: int = MOST_MESSAGES
     """Of a chat."""
 
     def check(self, request: RolloutTreeRequest) -> None:

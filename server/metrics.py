@@ -137,6 +137,7 @@ class _Rewards:
             "failures": "Leaves whose reward function failed: raised, ran out of time or memory, died.",
             "seconds": "Time of reward functions, as their callers waited for it.",
             "restarts": "Reward workers that had to be replaced.",
+            "retries": "Batches that were sent to a reward's URL again.",
         }
         for column, description in columns.items():
             family = CounterMetricFamily(f"spoke_reward_{column}", description, labels=["reward"])

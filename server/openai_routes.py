@@ -22,6 +22,11 @@ ROUTES = {"/v1/models": "GET", "/v1/completions": "POST", "/v1/chat/completions"
 """All that is forwarded; whatever else the engine's application may have is not reached."""
 MISSING = "only vLLM has the OpenAI routes: start the server with --engine vllm, or use POST /rollout_tree"
 """What a server with another engine answers."""
+CHAT = "/v1/chat/completions"
+MOST_PROMPTS = 2048
+"""Of one request."""
+MOST_VALUES = 20_000
+"""Of a request beside its prompts: the application notes an error for each that is wrong, several for some."""
 DEFAULT_TOKENS = {"/v1/completions": 16}
 """`max_tokens` of a request that leaves it out; where it is not here, all that fits the context."""
 
@@ -68,6 +73,10 @@ def add_openai_routes(app: FastAPI, target: Target, enter: Enter) -> None:
 def cost(path: str, asked: Any, context: int) -> Cost:  # noqa: ANN401 - whatever the caller sent
     """The most that a request can come to; nothing, where it asks for nothing that the engine would sample.
 
+    Raises:
+        RequestError: (400) it has too many values, or what decides the cost is written as the application may read
+            in another way: a number as a text, say.
+
     >>> cost("/v1/completions", {"prompt": ["a", "b"], "n": 3, "max_tokens": 10}, 512)
     Cost(nodes=6, tokens=60)
     >>> cost("/v1/chat/completions", {"messages": []}, 512)
@@ -77,18 +86,63 @@ def cost(path: str, asked: Any, context: int) -> Cost:  # noqa: ANN401 - whateve
     """
     if not isinstance(asked, dict):
         return Cost(nodes=0, tokens=0)
-    prompts: Any = asked.get("prompt")
-    # One prompt is a text or a list of token ids; several are a list of these.
-    several = isinstance(prompts, list) and not isinstance(next(iter(prompts), ""), int)
-    nodes = len(prompts if several else [prompts]) * _count(asked.get("n"), 1)
-    limit = asked.get("max_completion_tokens") or asked.get("max_tokens")
-    tokens = min(context, _count(limit, DEFAULT_TOKENS.get(path, context)))
+    if not _few_values([value for name, value in asked.items() if name != "prompt"]):
+        detail = f"it has more than {MOST_VALUES:,} values beside its prompts; send less"
+        raise RequestError("body", detail, status=400)
+    nodes = _prompts(asked.get("prompt")) * (_count(asked, "n") or 1)
+    limit, chat = _count(asked, "max_tokens"), _count(asked, "max_completion_tokens")
+    if path == CHAT and asked.get("max_completion_tokens") is not None:
+        limit = chat
+    tokens = min(context, limit or DEFAULT_TOKENS.get(path, context))
     return Cost(nodes=nodes, tokens=nodes * tokens)
 
 
-def _count(value: Any, default: int) -> int:  # noqa: ANN401 - whatever the caller sent
-    """A number from 1, or the default for what the application will refuse or fill in."""
-    return value if isinstance(value, int) and value > 0 else default
+def _prompts(prompt: Any) -> int:  # noqa: ANN401 - whatever the caller sent
+    """How many prompts there are: one is a text or a list of token ids, several are a list of these.
+
+    Raises:
+        RequestError: (400) there are too many, or they are not alike: the application would try every reading.
+    """
+    if not isinstance(prompt, list):
+        return 1
+    kinds = set(map(type, prompt))
+    if kinds == {int}:
+        return 1
+    if len(prompt) > MOST_PROMPTS:
+        detail = f"{len(prompt)} prompts are more than {MOST_PROMPTS}; ask in several requests"
+        raise RequestError("prompt", detail, status=400)
+    ids = kinds == {list} and all(set(map(type, one)) <= {int} for one in prompt)
+    if kinds and kinds != {str} and not ids:
+        detail = "write a text, a list of texts, token ids, or a list of lists of token ids"
+        raise RequestError("prompt", detail, status=400)
+    return len(prompt)
+
+
+def _few_values(value: Any) -> bool:  # noqa: ANN401 - whatever the caller sent
+    """Are there at most `MOST_VALUES` in it, at any depth? Looks at no more."""
+    seen, left = 0, [value]
+    while left:
+        here = left.pop()
+        parts = here.values() if isinstance(here, dict) else here if isinstance(here, list) else ()
+        seen += len(parts)
+        if seen > MOST_VALUES:
+            return False
+        left.extend(parts)
+    return True
+
+
+def _count(asked: dict[str, Any], name: str) -> int | None:
+    """A number from 1; None for what the application will refuse or fill in.
+
+    Raises:
+        RequestError: (400) it is no integer, which the application might read as one.
+    """
+    value = asked.get(name)
+    if value is None:
+        return None
+    if type(value) is not int:  # true is an int too
+        raise RequestError(name, "write an integer, without quotes and point, or null", status=400)
+    return value if value > 0 else None
 
 
 def _again(body: bytes, receive: Receive) -> Receive:

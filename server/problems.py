@@ -15,6 +15,8 @@ from shared.wire import Problem, field_path
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_S = 1
+LONGEST = 500
+"""Characters of a validation error's text."""
 TITLES: Mapping[int, str] = {
     400: "Bad request",
     401: "Not authenticated",
@@ -102,7 +104,9 @@ def add_error_handlers(app: FastAPI) -> None:
 def _describe(error: dict[str, Any]) -> tuple[str, str]:
     """(field, detail) of one validation error, in the words of the request."""
     field = field_path([part for part in error["loc"] if part != "body"]) or "body"
-    message = str(error["msg"]).removeprefix("Value error, ")
+    message = str(error["msg"]).removeprefix("Value error, ")[
+        :LONGEST
+    ]  # it may quote what was sent
     if error["type"] == "extra_forbidden":
         message = "unknown field; remove it or check its spelling"
     elif error["type"] == "missing":

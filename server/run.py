@@ -42,7 +42,13 @@ async def serve(settings: ServerSettings, listener: socket.socket) -> int:
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-    log_auth(settings.auth, settings.host, settings.tokens, settings.tokens_file)
+    log_auth(
+        settings.auth,
+        settings.host,
+        settings.tokens,
+        settings.tokens_file,
+        in_environment=settings.tokens_in_environment,
+    )
     check_model(settings.engine_settings.model)
     status = Status(server_id=settings.server_id)
     holder = Holder(status, liveness_s=settings.liveness_s)

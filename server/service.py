@@ -95,13 +95,14 @@ class RolloutService:
     _graders: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(GRADED_AT_ONCE))
 
     async def rollout_tree(
-        self, request: RolloutTreeRequest, tell: Tell | None = None
+        self, request: RolloutTreeRequest, tell: Tell | None = None, *, caller: str = ""
     ) -> RolloutTreeResponse:
         """Sample and grade one tree. Cancelling aborts it, unless another caller waits for the same.
 
         Args:
             request: what is asked.
             tell: is told of nodes as they finish; of none where the tree is already being made for another caller.
+            caller: whose request ids are meant: another's are other trees.
 
         Raises:
             RequestError: the request cannot be served as it stands.
@@ -116,9 +117,9 @@ class RolloutService:
             if request.request_id is None:
                 return await make()
             digest = sha256(request.model_dump_json().encode())
-            if request_id in self._once:  # asked for only now: two may come at one moment
+            if (caller, request_id) in self._once:  # asked for only now: two may come at one moment
                 ended.well = "repeated"
-            return await self._once.get(request_id, digest, make)
+            return await self._once.get(request_id, digest, make, caller)
 
     def hand_back(self) -> int:
         """Give up every tree that still grows; their callers are told to ask another server. How many."""
@@ -154,7 +155,7 @@ class RolloutService:
                 f"this server holds version {self.engine.version}; ask another one, or later",
                 status=409,
             )
-        prompt = prompt_ids(request, self.tokens, self.engine.info)
+        prompt = await prompt_ids(request, self.tokens, self.engine.info)
         cost = self._cost(request, prompt, most)
         if not cost.within(self.budget):
             raise over_budget(cost, self.budget)

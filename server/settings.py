@@ -31,6 +31,8 @@ class ServerSettings:
     """Asked for by the guard; None lets everybody in."""
     tokens_file: Path | None = None
     """Where some of them came from."""
+    tokens_in_environment: bool = False
+    """Whether there were some in the environment too, asked for or not."""
     limits: Limits = field(default_factory=Limits)
     redis_url: str | None = field(default=None, repr=False)
     """None: serve the checkpoint alone and follow nobody."""
@@ -56,8 +58,8 @@ class ServerSettings:
     """Tokens of all trees that grow at once; None takes the engine's memory as the measure."""
     max_tree_nodes: int = 100_000
     """Most nodes of one tree."""
-    max_tree_tokens: int = 20_000_000
-    """Most tokens of one tree."""
+    max_tree_tokens: int = 8_000_000
+    """Most tokens of one tree: what fits an answer of `shared.codec.LIMIT_BYTES`, at up to 16 bytes a token."""
     liveness_s: float = 30.0
     """Longest wait for the engine's sign of life, seconds; an engine that gives none takes the server down."""
     drain_s: float = 30.0

@@ -14,6 +14,7 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from server.answer import branch_line
+from server.auth import caller
 from server.branches import Branch
 from server.connection import while_connected
 from server.details import for_caller
@@ -47,7 +48,7 @@ async def node_stream(
         lines.put_nowait(dump(line))
 
     async def whole() -> RolloutTreeResponse:
-        return for_caller(request, await service.rollout_tree(body, tell))
+        return for_caller(request, await service.rollout_tree(body, tell, caller=caller(request)))
 
     tree = asyncio.ensure_future(whole())
     tree.add_done_callback(lambda _: lines.put_nowait(None))  # behind the last node

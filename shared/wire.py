@@ -19,11 +19,25 @@ class WireModel(BaseModel):
 
 
 class RequestModel(WireModel):
-    """Base of what clients send: other types, such as "5" for 5, and numbers that are none are refused too."""
+    """Base of what clients send: other types, such as "5" for 5, and numbers that are none are refused too.
+
+    A refusal costs little, however much is wrong: lists end at their first bad item, objects at too many fields.
+    """
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _few_fields(cls, sent: object) -> object:
+        if isinstance(sent, dict) and len(sent) > MOST_FIELDS:
+            raise ValueError(f"{len(sent)} fields are more than any object here has; remove them")
+        return sent
 
+
+MOST_FIELDS = 64
+"""No object has so many fields: one that does is refused as a whole, and not with an error for each."""
+MOST_MESSAGES = 1024
+"""Of a chat."""
 MOST_TOKENS = 2**31 - 1
 """No count of tokens is larger: engines keep them in 32 bits."""
 LONGEST_STOP = 200
@@ -36,7 +50,10 @@ class TreePlan(RequestModel):
 
     kind: Literal["tree"] = "tree"
     branch_factors: list[Annotated[int, Field(ge=1, le=256)]] = Field(
-        min_length=1, max_length=16, description="Children of each live node, by depth."
+        min_length=1,
+        max_length=16,
+        fail_fast=True,
+        description="Children of each live node, by depth.",
     )
     segment_tokens: Count = Field(
         description="Most tokens of a segment; children at the last depth run to their end."
@@ -141,7 +158,7 @@ class Sampling(RequestModel):
     top_k: int = Field(default=0, ge=0, le=MOST_TOKENS, description="0 is off.")
     max_tokens: Count = Field(default=1024, description="Bound of the response, prompt to leaf.")
     stop: list[Annotated[str, Field(min_length=1, max_length=LONGEST_STOP)]] = Field(
-        default_factory=list, max_length=16
+        default_factory=list, max_length=16, fail_fast=True
     )
     seed: int | None = Field(default=None, ge=0, lt=2**63)
 
@@ -235,9 +252,11 @@ class RolloutTreeRequest(RequestModel):
 
     request_id: str | None = Field(default=None, min_length=1, max_length=200)
     prompt: str | None = None
-    messages: list[Message] | None = Field(default=None, min_length=1)
+    messages: list[Message] | None = Field(
+        default=None, min_length=1, max_length=MOST_MESSAGES, fail_fast=True
+    )
     prompt_token_ids: list[Annotated[int, Field(ge=0, le=MOST_TOKENS)]] | None = Field(
-        default=None, min_length=1
+        default=None, min_length=1, fail_fast=True
     )
     plan: Plan
     sampling: Sampling = Sampling()

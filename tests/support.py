@@ -1,5 +1,6 @@
-"""What tests share beyond fixtures: ports, and real server processes."""
+"""What tests share beyond fixtures: ports, real server processes, and applications on real sockets."""
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -7,12 +8,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+import uvicorn
+from starlette.types import ASGIApp
 
 START_S = 120.0
 
@@ -73,6 +76,17 @@ def running_server(model: Path, log: Path, *arguments: str) -> Iterator[ServerPr
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+@contextlib.asynccontextmanager
+async def on_a_socket(app: ASGIApp, listener: socket.socket | None = None) -> AsyncIterator[int]:
+    """Port of a real uvicorn with an application, in this process."""
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
+    with listener or socket.create_server(("127.0.0.1", 0)) as listener:
+        task = asyncio.create_task(server.serve(sockets=[listener]))
+        yield int(listener.getsockname()[1])
+        server.should_exit = True
+        await asyncio.wait_for(task, 10)
 
 
 class Quiet:

@@ -31,8 +31,10 @@ from shared.errors import EngineError, RequestError, SpokeError, WeightsError
 log = logging.getLogger("spoke.engine")
 T = TypeVar("T")
 
-CHECK_SECONDS = 30.0
-"""Longest wait for a sign of life."""
+FIRST_SECONDS = 120.0
+"""Longest wait for the first token, which may compile kernels."""
+SWAP_SECONDS = 600.0
+"""How long a swap of weights, which keeps the worker from answering, is taken for a sign of life."""
 
 
 class VllmEngine:
@@ -45,6 +47,9 @@ class VllmEngine:
         self._salt = "initial"
         self._running = 0
         self._swapping = asyncio.Lock()
+        self._in_worker = asyncio.Event()
+        """Set while a swap has the worker."""
+        self._swap_began = 0.0
         self._swaps: set[asyncio.Task[ApplyReport]] = set()
 
     async def prepare(self) -> None:
@@ -59,7 +64,11 @@ class VllmEngine:
                 raise EngineError(f"vLLM cannot serve {self._info.model}: {fault}")
             log.info("vLLM is open; new weights go in by %s", await self._ask("spoke_path"))
             await self._while_alive(self._llm.update_weight_version(_label(0)))
-        await self.check()  # some models load and fail at their first token
+        try:
+            async with asyncio.timeout(FIRST_SECONDS):
+                await self.check()  # some models load and fail at their first token
+        except TimeoutError:
+            raise EngineError(f"vLLM gave no first token in {FIRST_SECONDS:.0f} s") from None
 
     @property
     def info(self) -> EngineInfo:
@@ -132,24 +141,37 @@ class VllmEngine:
         """Prove that the engine answers: by a token where it is idle, by a word from the worker where it is not.
 
         A token asked of a full engine would wait for its turn and say nothing; the worker answers between two
-        decode steps, also while sampling is paused.
+        decode steps, also while sampling is paused. A swap of weights keeps it from answering for as long as they
+        load: within a bound of its own it is a sign of life, also where it begins after the question.
 
         Raises:
-            EngineError: vLLM's process is gone, or gave no sign within 30 seconds.
+            EngineError: vLLM's process is gone, or a swap takes too long. Silence has no bound here: set one.
         """
-        probe = GenerateRequest(
-            prompt_token_ids=(0,), samples=1, max_tokens=1, temperature=0.0, seed=0
+        with _our_errors():
+            await self._llm.check_health()
+            swap = asyncio.ensure_future(self._in_worker.wait())
+            sign = asyncio.ensure_future(self._sign())
+            try:
+                await asyncio.wait({sign, swap}, return_when=asyncio.FIRST_COMPLETED)
+                if sign.done():
+                    return sign.result()
+            finally:
+                for task in (sign, swap):
+                    task.cancel()
+                await asyncio.gather(sign, swap, return_exceptions=True)
+        if time.monotonic() - self._swap_began > SWAP_SECONDS:
+            raise EngineError(f"vLLM has been loading weights for more than {SWAP_SECONDS:.0f} s")
+
+    async def _sign(self) -> None:
+        """A token, or a word from the worker; nothing is asked of a worker that a swap has."""
+        if self._in_worker.is_set():
+            await asyncio.Future()
+        if self._running or self._swaps:
+            await self._ask("spoke_path")
+            return
+        await self.generate(
+            GenerateRequest(prompt_token_ids=(0,), samples=1, max_tokens=1, temperature=0.0, seed=0)
         )
-        try:
-            with _our_errors():
-                async with asyncio.timeout(CHECK_SECONDS):
-                    await self._llm.check_health()
-                    if self._running or self._swaps:
-                        await self._ask("spoke_path")
-                    else:
-                        await self.generate(probe)
-        except TimeoutError as error:
-            raise EngineError(f"vLLM gave no sign of life in {CHECK_SECONDS:.0f} s") from error
 
     async def died(self) -> EngineError:
         """Wait until vLLM's process is gone; see `Engine.died`."""
@@ -198,7 +220,7 @@ class VllmEngine:
         llm, alive = self._llm, self._while_alive
         files = [str(file) for file in weights.files]
         async with self._swapping:
-            with _our_errors():
+            with _our_errors(), self._has_worker():
                 # Before the pause, so that weights that do not fit disturb no request.
                 if (misfit := await self._ask("spoke_check", files)) is not None:
                     raise WeightsError(f"version {weights.version}: {misfit}")
@@ -213,6 +235,15 @@ class VllmEngine:
                 finally:
                     await alive(llm.resume_generation())
             return ApplyReport(pause_s=time.perf_counter() - began, apply_s=apply_s)
+
+    @contextlib.contextmanager
+    def _has_worker(self) -> Iterator[None]:
+        self._swap_began = time.monotonic()
+        self._in_worker.set()
+        try:
+            yield
+        finally:
+            self._in_worker.clear()
 
     async def _ask(self, method: str, *args: object) -> Any:  # noqa: ANN401 - what the method returns
         """The one worker's answer to a method of `vllm_worker.WeightLoader`."""

@@ -9,7 +9,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp
 from vllm.entrypoints.launchers.api_server.app_state import init_app_state
@@ -45,6 +45,8 @@ WRITTEN_AS = {
     "structured_outputs": "response_format, structured_outputs or a tool that must be called",
     "extra_args": "vllm_xargs, kv_transfer_params or ec_transfer_params",
 }
+LEFT_OUT = {"use_beam_search": False, "best_of": 1, "length_penalty": 1.0}
+"""What vLLM's routes would do past `generate`, step by step, and the value at which each changes nothing."""
 REACHED = frozenset({
     "vllm_config", "model_config", "renderer", "input_processor", "errored", "dead_error", "is_running",
     "check_admission", "get_supported_tasks",
@@ -146,6 +148,25 @@ def check_prompt(prompt: Any, info: EngineInfo) -> None:  # noqa: ANN401 - vLLM'
         )
 
 
+async def check_body(request: Request) -> None:
+    """Refuse what no `SamplingParams` would show.
+
+    Raises:
+        VLLMValidationError: naming it.
+    """
+    try:
+        body = await request.json()
+    except ValueError:  # there is none, or it is no JSON, which is the routes' to say
+        return
+    if not isinstance(body, dict):
+        return
+    for name, harmless in LEFT_OUT.items():
+        if body.get(name) not in (None, harmless):
+            raise VLLMValidationError(
+                f"{name}: beams cannot be served here; leave it out", parameter=name
+            )
+
+
 def check_params(params: SamplingParams) -> None:
     """Refuse settings that are not served, or that vLLM would take and fail on later.
 
@@ -183,7 +204,8 @@ async def openai_app(guarded: GuardedLLM, info: EngineInfo, name: str) -> ASGIAp
         info: of the engine.
         name: by which requests call the model.
     """
-    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None)
+    checks = [Depends(check_body)]
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, dependencies=checks)
     for attach in (attach_models, attach_completions, attach_chat):
         attach(app)
     init_exception_handler(app)

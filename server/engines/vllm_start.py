@@ -23,6 +23,7 @@ _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",
+    "VLLM_MAX_STOP_STRINGS": "16",  # of an OpenAI request, as in `POST /rollout_tree`; vLLM takes 4
 }
 if CPU:
     # Two processes instead of three, and no C++ compiler at the first logprob.

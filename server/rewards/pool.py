@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import logging
 import sys
 import time
 from collections import OrderedDict
@@ -13,7 +14,9 @@ from server.rewards.limits import HttpLimits, Limits
 from server.rewards.processes import Processes
 from server.rewards.registry import SLOW_TO_LOAD, is_url, look_up, reward_targets
 from shared.digests import sha256
-from shared.errors import RequestError
+from shared.errors import ConfigError, RequestError
+
+log = logging.getLogger("spoke.rewards")
 
 CHECKS = 4096
 """Questions whose check is remembered."""
@@ -80,8 +83,8 @@ class RewardPool:
 
         Raises:
             RequestError: no reward has that name, `unfinished` is no finite number, or the function refuses the
-                reference or the options. Status 503: the reward's server does not answer.
-            ConfigError: the function cannot be loaded.
+                reference or the options. Status 503: the reward's server does not answer, or a function that is
+                loaded at its first use cannot be.
         """
         unfinished = options.get("unfinished", 0.0)
         if not (isinstance(unfinished, int | float) and abs(unfinished) <= sys.float_info.max):
@@ -91,7 +94,12 @@ class RewardPool:
         grader = self._for(name)
         question = _digest(name, reference, options)
         if question not in self._checked:
-            await grader.start()
+            try:
+                await grader.start()
+            except ConfigError as error:
+                log.error("%s", error)  # for the owner: it may quote files and modules
+                detail = f"{name} cannot be loaded on this server; its log says why"
+                raise RequestError("reward.name", detail, status=503) from error
             await grader.check(reference, options)
         self._checked[question] = None
         self._checked.move_to_end(question)

@@ -75,6 +75,10 @@ REFUSED: list[tuple[str, dict[str, Any]]] = [
     ("prompt_logprobs", {"prompt_logprobs": -1}),
     ("stop", {"stop": [str(i) for i in range(17)]}),
     ("stop", {"stop": [""]}),
+    ("use_beam_search", {"use_beam_search": True, "n": 4}),
+    ("use_beam_search", {"use_beam_search": "yes"}),
+    ("best_of", {"best_of": 4}),
+    ("length_penalty", {"length_penalty": 2.0}),
     ("stream_interval", {"stream": True, "stream_interval": 2**70}),
     ("response_format", {"response_format": {"type": "json_object"}}),
     ("response_format", {"structured_outputs": {"regex": "(a+)+b"}}),
@@ -114,7 +118,8 @@ SERVED: list[dict[str, Any]] = [
     {"prompt": [5] * 511, "echo": True, "logprobs": 20, "max_tokens": 0},
     {"echo": True, "logprobs": 5, "seed": 4, "n": 2, "stop": ["a", "####"]},
     {"prompt_logprobs": 20, "seed": 1},
-    {"use_beam_search": True, "n": 4},
+    {"use_beam_search": False, "best_of": 1, "length_penalty": 1, "n": 4},
+    {"stop": [f"word {i}" for i in range(16)]},
     {"truncate_prompt_tokens": 2, "cache_salt": "initial", "user": "someone"},
 ]
 

@@ -157,6 +157,24 @@ def tree(
     )
 
 
+def test_request_ids_are_each_tokens_own(guarded: ServerProcess) -> None:
+    def ask(token: str, prompt: str) -> httpx.Response:
+        body = {
+            "request_id": "step-1",
+            "prompt": prompt,
+            "plan": {"kind": "group", "samples": 1},
+            "sampling": {"max_tokens": 2},
+        }
+        url = f"{guarded.url}/rollout_tree"
+        return httpx.post(url, json=body, headers=bearer(token), timeout=60.0)
+
+    one, other = ask(ROLLOUT, "Ana"), ask(BOTH, "Tom")
+    assert (one.status_code, other.status_code) == (200, 200)
+    assert one.json()["nodes"][0] != other.json()["nodes"][0]
+    assert ask(ROLLOUT, "Ana").json() == one.json()
+    assert ask(ROLLOUT, "Tom").status_code == 409
+
+
 def test_what_a_reward_function_says_is_for_admin(guarded: ServerProcess) -> None:
     plain, admin = tree(guarded, ROLLOUT), tree(guarded, BOTH)
     errors = [[n["reward_error"] for n in a.json()["nodes"][1:]] for a in (plain, admin)]
@@ -396,4 +414,11 @@ def test_the_log_warns_of_a_readable_file_and_of_an_open_server(
     caplog.clear()
     log_auth(AuthMode.OFF, "0.0.0.0", None, file)
     assert "may use the server" in caplog.text
-    assert "are not used" in caplog.text
+    assert f"the tokens of {file} are not used" in caplog.text
+    assert "SPOKE_TOKENS" not in caplog.text
+    caplog.clear()
+    log_auth(AuthMode.OFF, "127.0.0.1", None, None, in_environment=True)
+    assert "the tokens of SPOKE_TOKENS are not used" in caplog.text
+    caplog.clear()
+    log_auth(AuthMode.ON, "127.0.0.1", table, None, in_environment=True)
+    assert "are not used" not in caplog.text

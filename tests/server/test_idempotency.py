@@ -39,6 +39,17 @@ async def test_another_body_is_a_conflict() -> None:
     assert caught.value.status == 409
 
 
+async def test_another_caller_has_ids_of_its_own() -> None:
+    once: OnlyOnce[int] = OnlyOnce(size=lambda _: 1)
+    make = Maker()
+    make.go.set()
+    assert await once.get("a", "body", make, "one") == 1
+    assert await once.get("a", "other body", make, "other") == 2
+    assert await once.get("a", "body", make, "one") == 1
+    assert ("one", "a") in once
+    assert ("", "a") not in once
+
+
 async def test_a_failure_may_be_tried_again() -> None:
     once: OnlyOnce[int] = OnlyOnce(size=lambda _: 1)
 

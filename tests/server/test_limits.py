@@ -13,19 +13,23 @@ import contextlib
 import json
 import pickle
 import socket
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-import uvicorn
-from support import ServerProcess, running_server
+from pydantic import ValidationError
+from support import ServerProcess, on_a_socket, running_server
 
 from server.app import Holder, create_app
 from server.body import BodyLimit
+from server.engines.base import EngineInfo
 from server.limits import Limits, leaves
+from server.prompts import prompt_ids
 from server.status import Status
+from server.tokens import Tokens
 from shared.errors import RequestError
 from shared.wire import RolloutTreeRequest
 
@@ -105,13 +109,8 @@ def test_a_body_at_the_bound_is_served(bounded: ServerProcess) -> None:
 @contextlib.asynccontextmanager
 async def served(limits: Limits) -> AsyncIterator[int]:
     """Port of a real uvicorn with the application, without a model."""
-    app = create_app(Holder(Status(server_id="x")), limits=limits)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        task = asyncio.create_task(server.serve(sockets=[listener]))
-        yield int(listener.getsockname()[1])
-        server.should_exit = True
-        await asyncio.wait_for(task, 10)
+    async with on_a_socket(create_app(Holder(Status(server_id="x")), limits=limits)) as port:
+        yield port
 
 
 HEAD = "POST /rollout_tree HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
@@ -158,7 +157,8 @@ async def test_a_client_that_goes_away_while_sending_reaches_no_route() -> None:
     async def receive():
         return messages.pop(0)
 
-    await BodyLimit(app, Limits())({"type": "http", "headers": []}, receive, receive)
+    scope = {"type": "http", "path": "/rollout_tree", "headers": []}
+    await BodyLimit(app, Limits())(scope, receive, receive)
     assert not reached
     assert not messages
 
@@ -178,7 +178,8 @@ async def test_a_route_still_hears_that_its_client_goes_away() -> None:
     async def receive():
         return messages.pop(0)
 
-    await BodyLimit(app, Limits())({"type": "http", "headers": []}, receive, receive)
+    scope = {"type": "http", "path": "/rollout_tree", "headers": []}
+    await BodyLimit(app, Limits())(scope, receive, receive)
     assert heard[0] == {"type": "http.request", "body": b"ab", "more_body": False}
     assert heard[1] == {"type": "http.disconnect"}
 
@@ -223,6 +224,84 @@ def test_plans_and_prompts_are_bounded(
         assert answer.status_code == 200, answer.text
     else:
         assert_problem(answer, status, field)
+
+
+MANY = 100_000
+
+
+@pytest.mark.parametrize(
+    ("changes", "path"),
+    [
+        ({"prompt": None, "prompt_token_ids": [-1] * MANY}, "prompt_token_ids"),
+        ({"prompt": None, "messages": [{}] * MANY}, "messages"),
+        ({"prompt": None, "messages": [{"role": "user", "content": ""}] * MANY}, "messages"),
+        ({"sampling": {"stop": [1] * MANY}}, "sampling"),
+        ({"plan": {"kind": "tree", "segment_tokens": 4, "branch_factors": [0] * MANY}}, "plan"),
+        ({"plan": GROUP | {f"unknown {i}": 1 for i in range(MANY)}}, "plan"),
+        ({f"unknown {i}": 1 for i in range(MANY)}, None),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_a_refusal_costs_little_however_much_is_wrong(
+    changes: dict[str, Any], path: str | None
+) -> None:
+    with pytest.raises(ValidationError) as refused:
+        RolloutTreeRequest.model_validate(body(**changes))
+    assert refused.value.error_count() <= 2
+    assert next(iter(refused.value.errors()[0]["loc"]), None) == path
+
+
+async def test_a_refusal_quotes_little_of_what_was_sent() -> None:
+    async with served(Limits()) as port, httpx.AsyncClient() as client:
+        sent = body(plan={"kind": [1] * MANY})
+        answer = await client.post(f"http://127.0.0.1:{port}/rollout_tree", json=sent)
+    assert_problem(answer, 422, "plan")
+    assert len(answer.content) < 1000
+
+
+@pytest.mark.parametrize("path", ["/livez", "/readyz", "/openapi.json", "/docs"])
+async def test_an_open_path_takes_no_body(path: str) -> None:
+    async with served(Limits()) as port:
+        for header in ("Content-Length: 1000000", "Transfer-Encoding: chunked"):
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\n{header}\r\n\r\n".encode())
+            answer = await asyncio.wait_for(reader.read(), 5)  # to the end: the server closes
+            assert answer.startswith(b"HTTP/1.1 400")
+            writer.close()
+        async with httpx.AsyncClient() as client:
+            answer = await client.get(
+                f"http://127.0.0.1:{port}{path}", headers={"Content-Length": "0"}
+            )
+            assert answer.status_code in (200, 503)
+
+
+class CountingTokens(Tokens):
+    """A fake: notes where it tokenises, a token a character."""
+
+    def __init__(self) -> None:
+        self.threads: list[str] = []
+
+    def encode(self, text: str) -> list[int]:
+        self.threads.append(threading.current_thread().name)
+        return [0] * len(text)
+
+
+async def test_long_prompts_are_tokenised_beside_the_event_loop() -> None:
+    info = EngineInfo(
+        engine="none", model="none", dtype="float32", device="cpu", vocab_size=1, max_model_len=32_768,
+        eos_token_ids=(), max_batch=1, kv_tokens=1, block_tokens=1,
+    )  # fmt: skip
+    tokens = CountingTokens()
+    for characters in (100, 30_000):
+        request = RolloutTreeRequest.model_validate(body(prompt="x" * characters))
+        assert len(await prompt_ids(request, tokens, info)) == characters
+    short, long = tokens.threads
+    assert short == threading.current_thread().name != long
+    request = RolloutTreeRequest.model_validate(body(prompt="x" * (32 * 32_768 + 1)))
+    with pytest.raises(RequestError, match="more than 32 for each token") as refused:
+        await prompt_ids(request, tokens, info)
+    assert refused.value.field == "prompt"
+    assert len(tokens.threads) == 2
 
 
 def test_limits_name_what_is_too_much() -> None:

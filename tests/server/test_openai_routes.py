@@ -15,7 +15,7 @@ from server.app import Holder, create_app
 from server.costs import Cost
 from server.openai_routes import ROUTES, add_openai_routes, cost
 from server.status import Status
-from shared.errors import BusyError
+from shared.errors import BusyError, RequestError
 from shared.fleet import ServerState
 
 
@@ -108,7 +108,10 @@ async def test_a_full_server_is_a_429_before_the_request_is_read_by_the_engine()
         ({"prompt": [[1, 2], [3]], "max_tokens": 5, "n": 4}, 8, 40),
         ({"prompt": ["a"] * 30, "max_tokens": 2**70}, 30, 30 * 512),
         ({"prompt": "a", "n": -1, "max_tokens": 0}, 1, 16),
-        ({"prompt": "a", "n": "many", "max_tokens": None}, 1, 16),
+        ({"prompt": "a", "n": None, "max_tokens": None}, 1, 16),
+        ({"prompt": "a", "max_tokens": 500, "max_completion_tokens": 1}, 1, 500),
+        ({"prompt": ["a"] * 2048}, 2048, 2048 * 16),
+        ({"prompt": [5] * 100_000, "max_tokens": 1}, 1, 1),
         ({"prompt": []}, 0, 0),
         ([], 0, 0),
     ],
@@ -117,6 +120,50 @@ async def test_a_full_server_is_a_429_before_the_request_is_read_by_the_engine()
 def test_what_a_completion_can_cost(body: Any, nodes: int, tokens: int) -> None:
     found = cost("/v1/completions", body, 512)
     assert found == Cost(nodes=nodes, tokens=tokens)
+
+
+def test_a_chat_may_bound_its_tokens_in_two_ways() -> None:
+    for body, tokens in (
+        ({"max_tokens": 9}, 9),
+        ({"max_tokens": 9, "max_completion_tokens": 400}, 400),
+        ({"max_tokens": 9, "max_completion_tokens": 0}, 512),
+        ({"max_tokens": 9, "max_completion_tokens": None}, 9),
+    ):
+        assert cost("/v1/chat/completions", body, 512) == Cost(nodes=1, tokens=tokens)
+
+
+@pytest.mark.parametrize("name", ["n", "max_tokens", "max_completion_tokens"])
+@pytest.mark.parametrize("value", ["30000", 30000.0, 1e9, True, [1], {}], ids=str)
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_numbers_that_are_written_otherwise_do_not_pass_by(
+    path: str, name: str, value: Any
+) -> None:
+    async with forwarded(lambda cost: contextlib.nullcontext()) as client:
+        answer = await client.post(path, json={"prompt": "a", name: value})
+    assert (answer.status_code, answer.json()["field"]) == (400, name)
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"prompt": ["a"] * 2049}, "prompt"),
+        ({"prompt": [[1]] * 2049}, "prompt"),
+        ({"prompt": [1, "a"]}, "prompt"),
+        ({"prompt": ["a", 1]}, "prompt"),
+        ({"prompt": [[1], [1, "a"]]}, "prompt"),
+        ({"prompt": [True, 1]}, "prompt"),
+        ({"prompt": [{}]}, "prompt"),
+        ({"stop": ["a"] * 20_001}, "body"),
+        ({"logit_bias": {str(i): "a" for i in range(20_001)}}, "body"),
+        ({"messages": [{"role": 1, "content": [{"type": 1}] * 100}] * 200}, "body"),
+        ({str(i): 1 for i in range(20_001)}, "body"),
+    ],
+    ids=lambda value: str(value)[:50],
+)
+def test_what_costs_much_to_refuse_never_arrives(body: dict[str, Any], field: str) -> None:
+    with pytest.raises(RequestError) as refused:
+        cost("/v1/completions", body, 512)
+    assert (refused.value.status, refused.value.field) == (400, field)
 
 
 def test_what_is_no_object_costs_nothing() -> None:

@@ -413,6 +413,19 @@ async def test_a_function_that_cannot_be_loaded_stops_the_start(own_modules, tar
     assert workers() <= before
 
 
+async def test_a_function_that_cannot_be_loaded_at_its_first_use_is_a_503(own_modules, caplog):
+    pool = RewardPool({"broken": "my_package.breaks:grade"}, workers=1)
+    try:
+        for _ in range(2):
+            with pytest.raises(RequestError, match="cannot be loaded") as refused:
+                await pool.check("broken", "", {})
+            assert (refused.value.field, refused.value.status) == ("reward.name", 503)
+            assert "half written" not in str(refused.value)
+            assert "half written" in caplog.text
+    finally:
+        await pool.close()
+
+
 SERVER_THAT_DIES = """
 import asyncio, os, signal, sys
 from server.rewards import RewardPool

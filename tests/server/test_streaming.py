@@ -26,7 +26,9 @@ class FakeService:
         self.status = Status(server_id="fake")
         self.given_up = asyncio.Event()
 
-    async def rollout_tree(self, request: RolloutTreeRequest, tell: Tell) -> RolloutTreeResponse:
+    async def rollout_tree(
+        self, request: RolloutTreeRequest, tell: Tell, *, caller: str
+    ) -> RolloutTreeResponse:
         done = Completion(
             token_ids=[5], logprobs=[-1.0], versions=[(0, 1)], finish_reason=FinishReason.STOP
         )
