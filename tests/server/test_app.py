@@ -148,6 +148,8 @@ async def test_metrics_tell_what_happened(client: httpx.AsyncClient) -> None:
     assert grown('spoke_http_requests_total{method="POST",path="/rollout_tree",status="422"}') == 1
     assert grown('spoke_http_requests_total{method="GET",path="other",status="404"}') == 1
     assert after['spoke_state{state="ready"}'] == 1
+    assert after['spoke_reward_retries_total{reward="gsm8k"}'] == 0
+    assert after["spoke_tasks"] > 0
     assert after["spoke_weight_version"] == 0
     assert after["spoke_trees_in_flight"] == after["spoke_trees_waiting"] == 0
 
