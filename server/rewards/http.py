@@ -78,7 +78,11 @@ class Remote:
             self._client = httpx.AsyncClient(
                 headers=headers,
                 timeout=httpx.Timeout(self._limits.timeout_s, connect=CONNECT_S),
-                limits=httpx.Limits(max_connections=self._limits.connections),
+                # We count ourselves: httpcore 1.0 keeps the place of a request that is cancelled before its
+                # connection opens, so with a bound here callers that go away would stop the reward for good.
+                limits=httpx.Limits(
+                    max_connections=None, max_keepalive_connections=self._limits.connections
+                ),
                 follow_redirects=False,  # a token goes where it was meant to go
             )
 
