@@ -67,6 +67,7 @@ class Process:
     alive: bool = True
     """May be asked again."""
     _asked: bool = False
+    """Its words are waited for, though it may be gone already."""
     _watch: asyncio.Task[None] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -108,6 +109,7 @@ class Process:
 
     async def _loaded(self) -> str | None:
         """Why the process has no function, once it is known; None where it has one."""
+        self._asked = True
         try:
             if not await self._over(START_LIMIT_S):
                 return "its process dies while loading it"
@@ -119,6 +121,9 @@ class Process:
         except BaseException:  # cancelled: nobody else knows of this process
             self.kill()
             raise
+        finally:
+            self._asked = False
+            self._hang_up()
         return None if "loaded" in line else str(line.get("failed"))
 
     async def grade(
@@ -184,7 +189,8 @@ class Process:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(limit_s):
-                await loop.sock_sendall(self._socket, question)
+                if question:  # nothing at all would fail too where the process is gone
+                    await loop.sock_sendall(self._socket, question)
                 answer = await loop.sock_recv(self._socket, 64)
         except TimeoutError:  # an OSError too
             raise

@@ -14,6 +14,7 @@ import pytest
 import pytest_asyncio
 
 from server.rewards import Grade, RewardPool
+from server.rewards.process import Process
 from shared.errors import ConfigError, RequestError
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -514,6 +515,21 @@ async def test_a_function_that_cannot_be_loaded_stops_the_start(own_modules, tar
         await pool.start(["broken"])
     assert message in str(refused.value)
     assert workers() <= before
+
+
+async def test_why_a_function_cannot_be_loaded_is_known_when_its_process_is_gone(
+    own_modules, monkeypatch
+):
+    over = Process._over
+
+    async def late(self, *args):
+        await asyncio.wait({self._watch}, timeout=10)
+        return await over(self, *args)
+
+    monkeypatch.setattr(Process, "_over", late)
+    pool = RewardPool({"broken": "my_package.breaks:grade"}, workers=1)
+    with pytest.raises(ConfigError, match="ValueError: half written"):
+        await pool.start(["broken"])
 
 
 SERVER_THAT_DIES = """
