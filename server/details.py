@@ -23,7 +23,8 @@ _KINDS = re.compile(
     r"|closed files that it did not open|cannot be kept running)"
     r"|left processes running"
     r"|the reward pool is closed"
-    r"|the reward server (?:took longer than [\d.e+-]+ s|answered \d{3})"
+    r"|the reward server (?:took longer than [\d.e+-]+ s|answered \d{3}|answers nobody)"
+    r"|not sent: for an earlier batch of this tree"
     r"|[A-Za-z_]\w*(?:Error|Exception|Exit|Interrupt|Warning)(?=:|$)"
 )
 """How errors begin that quote nothing; the last is an exception's name, as `rewards.worker` writes it."""

@@ -47,7 +47,7 @@ TOKEN_BYTES = 72
 """Memory of one token of an answer that is kept: its id and logprob as Python objects in lists."""
 NODE_BYTES = 1000
 GRADED_AT_ONCE = 64
-"""Trees whose leaves are graded at once after they have left the engine."""
+"""Trees of one reward whose leaves are graded at once after they have left the engine."""
 HAND_BACK_S = 2
 """Retry-After of what is handed back: another server may take it at once."""
 
@@ -92,7 +92,8 @@ class RolloutService:
     metrics: Metrics
     _once: OnlyOnce[RolloutTreeResponse] = field(default_factory=lambda: OnlyOnce(size=memory))
     _growing: set[asyncio.Task[RolloutTreeResponse]] = field(default_factory=set)
-    _graders: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(GRADED_AT_ONCE))
+    _graders: dict[str, asyncio.Semaphore] = field(default_factory=dict)
+    """By name of the reward: one that hangs holds up no other."""
 
     async def rollout_tree(
         self, request: RolloutTreeRequest, tell: Tell | None = None, *, caller: str = ""
@@ -240,11 +241,12 @@ class RolloutService:
             sampled = time.monotonic()
             admitted.came_to = continuations.counts.cost
             # Before the place is given up: rewards that cannot keep up hold back what comes next.
-            await self._graders.acquire()
+            graders = self._graders_of(request)
+            await graders.acquire()
         try:
             await grading.below(root)
         finally:
-            self._graders.release()
+            graders.release()
         timing = Timing(
             queue_s=started - arrived,
             sample_s=sampled - started,
@@ -255,6 +257,11 @@ class RolloutService:
         tree = await asyncio.to_thread(answer) if large else answer()
         self._count(tree, arrived, continuations.counts.decisions)
         return tree
+
+    def _graders_of(self, request: RolloutTreeRequest) -> asyncio.Semaphore:
+        """Counts the trees of the request's reward that are graded; `_checked` knows the name."""
+        name = request.reward.name if request.reward else ""
+        return self._graders.setdefault(name, asyncio.Semaphore(GRADED_AT_ONCE))
 
     def _answer(
         self,

@@ -42,6 +42,8 @@ MOST_TOKENS = 2**31 - 1
 """No count of tokens is larger: engines keep them in 32 bits."""
 LONGEST_STOP = 200
 """Characters of a stop string or a delimiter."""
+LONGEST_REFERENCE = 1 << 20
+"""Characters of what a reward compares with: it goes out again with every batch of leaves."""
 Count = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
 
 
@@ -219,7 +221,7 @@ class Reward(RequestModel):
     """Which reward function grades the leaves, and against what."""
 
     name: str = Field(min_length=1, max_length=200)
-    reference: str = ""
+    reference: str = Field(default="", max_length=LONGEST_REFERENCE)
     options: dict[str, Any] = Field(
         default_factory=dict,
         description="`unfinished`: reward of a response cut by max_tokens (0.0).",

@@ -7,8 +7,8 @@ import asyncio
 import json
 import math
 import random
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -17,10 +17,12 @@ from server.rewards.base import Grade, Stats, failed
 from server.rewards.http_answers import (
     Answers,
     BatchError,
+    LostError,
     PassingError,
     RejectedError,
     token_of,
 )
+from server.rewards.http_connections import Connections
 from server.rewards.limits import HttpLimits
 from shared.errors import RequestError
 
@@ -29,6 +31,20 @@ CONNECT_S = 5.0
 FIRST_PAUSE_S = 0.25
 """Before the second attempt, in seconds; doubled before each later one, or what Retry-After asks."""
 CLOSED = "the reward pool is closed"
+
+
+@dataclass(slots=True, kw_only=True)
+class _Tree:
+    """The leaves of one call, of which batches are taken one after the other."""
+
+    responses: Sequence[str]
+    reference: str
+    options: Mapping[str, Any]
+    grades: dict[int, list[Grade]] = field(default_factory=dict)
+    """Of each batch, by its first leaf."""
+    lost: str | None = None
+    """Why no batch is sent any more."""
+    began: float = field(default_factory=lambda: asyncio.get_running_loop().time())
 
 
 class Remote:
@@ -49,8 +65,8 @@ class Remote:
         self._token = token_of(name)
         self._answers = Answers(name, self._token)
         self._client: httpx.AsyncClient | None = None
-        self._free = asyncio.Semaphore(limits.connections)
-        self._tasks: set[asyncio.Task[list[Grade]]] = set()
+        self._connections = Connections(limits.connections, limits.timeout_s + limits.retry_s)
+        self._tasks: set[asyncio.Task[None]] = set()
         self._closed = False
 
     async def start(self) -> None:
@@ -62,7 +78,11 @@ class Remote:
             self._client = httpx.AsyncClient(
                 headers=headers,
                 timeout=httpx.Timeout(self._limits.timeout_s, connect=CONNECT_S),
-                limits=httpx.Limits(max_connections=self._limits.connections),
+                # We count ourselves: httpcore 1.0 keeps the place of a request that is cancelled before its
+                # connection opens, so with a bound here callers that go away would stop the reward for good.
+                limits=httpx.Limits(
+                    max_connections=None, max_keepalive_connections=self._limits.connections
+                ),
                 follow_redirects=False,  # a token goes where it was meant to go
             )
 
@@ -74,7 +94,8 @@ class Remote:
                 graded now.
         """
         try:
-            await self._post(("",), reference, options)
+            tree = _Tree(responses=("",), reference=reference, options=options)
+            await self._post(tree, tree.responses)
         except RejectedError:
             return
         except BatchError as error:
@@ -92,17 +113,20 @@ class Remote:
         Raises:
             RequestError: the server refuses the reference or the options.
         """
-        size = self._limits.batch
-        batches = [responses[at : at + size] for at in range(0, len(responses), size)]
+        tree = _Tree(responses=responses, reference=reference, options=options)
+        batches = range(0, len(responses), self._limits.batch)
+        rest = iter(batches)
         try:
             async with asyncio.TaskGroup() as group:
-                tasks = [group.create_task(self._batch(b, reference, options)) for b in batches]
-                for task in tasks:
+                # No more tasks than connections: what is tried again waits behind no batch of its own tree.
+                for _ in batches[: self._limits.connections]:
+                    task = group.create_task(self._some(tree, rest))
                     self._tasks.add(task)
                     task.add_done_callback(self._tasks.discard)
         except ExceptionGroup as refusals:
             raise refusals.exceptions[0] from None
-        return [grade for task in tasks for grade in task.result()]
+        await self._some(tree, rest)  # what is left where the pool was closed before a task began
+        return [grade for at in batches for grade in tree.grades[at]]
 
     async def close(self) -> None:
         """Hang up; leaves that are being graded get an error."""
@@ -114,37 +138,53 @@ class Remote:
         if self._client is not None:
             await self._client.aclose()
 
-    async def _batch(
-        self, responses: Sequence[str], reference: str, options: Mapping[str, Any]
-    ) -> list[Grade]:
+    async def _some(self, tree: _Tree, rest: Iterator[int]) -> None:
+        """Grade one batch after the other while there are any left."""
+        for at in rest:
+            batch = tree.responses[at : at + self._limits.batch]
+            tree.grades[at] = await self._batch(tree, batch)
+
+    async def _batch(self, tree: _Tree, responses: Sequence[str]) -> list[Grade]:
         try:
-            return await self._post(responses, reference, options)
+            return await self._post(tree, responses)
         except BatchError as error:
+            if isinstance(error, LostError) and tree.lost is None:
+                tree.lost = f"not sent: for an earlier batch of this tree, {error}"
             return [failed(str(error))] * len(responses)
         except asyncio.CancelledError:
             if not self._closed:
                 raise
             return [failed(CLOSED)] * len(responses)
 
-    async def _post(
-        self, responses: Sequence[str], reference: str, options: Mapping[str, Any]
-    ) -> list[Grade]:
+    async def _post(self, tree: _Tree, responses: Sequence[str]) -> list[Grade]:
         """Send one batch until there is an answer, or no patience."""
-        body = _question(self._name, responses, reference, options)
-        give_up = math.inf
+        give_up, said = math.inf, "the reward server answers nobody, and every connection is taken"
+        clock = asyncio.get_running_loop().time
         for attempt in range(1, self._limits.attempts + 1):
+            tried = f" ({attempt} attempts)" if attempt > 1 else ""
+            pause = 0.0
             try:
-                async with self._free:
-                    give_up = min(give_up, time.monotonic() + self._limits.retry_s)
-                    return self._answers.grades(await self._attempt(body), len(responses))
+                self._may_send(tree)
+                async with self._connections.one(give_up):
+                    self._may_send(tree)
+                    give_up = min(give_up, clock() + self._limits.retry_s)
+                    question = _question(self._name, tree, responses)
+                    return self._answers.grades(await self._attempt(question), len(responses))
+            except TimeoutError:
+                raise (BatchError if attempt > 1 else LostError)(said) from None
             except PassingError as error:
-                pause = _pause(attempt, error.retry_after_s)
-                if attempt == self._limits.attempts or time.monotonic() + pause > give_up:
-                    tried = f" ({attempt} attempts)" if attempt > 1 else ""
-                    raise BatchError(f"{error}{tried}") from None
+                said, pause = f"{error}{tried}", _pause(attempt, error.wait_s)
+                if attempt == self._limits.attempts or clock() + pause > give_up:
+                    heard = max(tree.began, self._connections.answered_at)
+                    lost = error.nobody or clock() > heard + self._limits.retry_s
+                    raise (LostError if lost else BatchError)(said) from None
             self._stats.retries += 1
             await asyncio.sleep(pause)
         raise AssertionError("the last attempt returns or raises")
+
+    def _may_send(self, tree: _Tree) -> None:
+        if self._closed or tree.lost is not None:
+            raise BatchError(CLOSED if self._closed else tree.lost)
 
     async def _attempt(self, body: bytes) -> bytes:
         """Body of a 200."""
@@ -157,16 +197,18 @@ class Remote:
                 asyncio.timeout(limit),
                 self._client.stream("POST", self._url, content=body, headers=headers) as answer,
             ):
-                self._answers.accept_status(answer.status_code, answer.headers.get("Retry-After"))
+                self._answers.accept_status(answer.status_code, answer.headers)
                 said = await self._read(answer)
+                self._connections.answered()
                 if answer.status_code != 200:
                     raise self._answers.rejection(answer.status_code, said)
                 return said
         except (TimeoutError, httpx.ReadTimeout):
-            raise BatchError(f"the reward server took longer than {limit:g} s") from None
+            raise LostError(f"the reward server took longer than {limit:g} s") from None
         except httpx.TransportError as error:
             why = f"the reward server cannot be reached: {type(error).__name__}"
-            raise PassingError(why) from None
+            nobody = isinstance(error, httpx.ConnectError | httpx.ConnectTimeout)
+            raise PassingError(why, nobody=nobody) from None
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise BatchError(f"the reward server: {type(error).__name__}") from None
 
@@ -181,13 +223,11 @@ class Remote:
         return b"".join(parts)
 
 
-def _question(
-    name: str, responses: Sequence[str], reference: str, options: Mapping[str, Any]
-) -> bytes:
+def _question(name: str, tree: _Tree, responses: Sequence[str]) -> bytes:
     question = {
         "reward": name,
-        "reference": reference,
-        "options": dict(options),
+        "reference": tree.reference,
+        "options": dict(tree.options),
         "responses": list(responses),
     }
     try:

@@ -1,17 +1,18 @@
 """What the answers of a reward server mean: grades, a refusal, or errors that hold no URL and no token."""
 
 import contextlib
-import email.utils
 import json
 import math
 import os
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from server.rewards.base import Grade, brief, failed
 from shared.errors import ConfigError, RequestError
+from shared.retry_after import retry_after_s
 
 _FIELDS = re.compile(r"(?:reward\.)?((?:reference|options)(?:\..+)?)")
 
@@ -21,11 +22,22 @@ class BatchError(Exception):
 
 
 class PassingError(BatchError):
-    """One that may go better at the next attempt."""
+    """One that may go better at the next attempt.
 
-    def __init__(self, why: str, retry_after_s: float | None = None) -> None:
+    Args:
+        why: the message.
+        wait_s: what the server asks for, in seconds; None where it asks for nothing.
+        nobody: nobody takes connections there.
+    """
+
+    def __init__(self, why: str, *, wait_s: float | None = None, nobody: bool = False) -> None:
         super().__init__(why)
-        self.retry_after_s = retry_after_s
+        self.wait_s = wait_s
+        self.nobody = nobody
+
+
+class LostError(BatchError):
+    """A batch after which no other one of its tree is sent: the server is silent, or not there."""
 
 
 class RejectedError(BatchError):
@@ -44,16 +56,17 @@ class Answers:
     name: str
     token: str | None
 
-    def accept_status(self, status: int, asks: str | None) -> None:
+    def accept_status(self, status: int, headers: Mapping[str, str]) -> None:
         """Raise what a status means whose body says nothing more to us.
 
         Args:
             status: of the answer.
-            asks: its Retry-After.
+            headers: of the answer; any letter case.
         """
         said = f"the reward server answered {status}"
         if status in (408, 429) or status >= 500:
-            raise PassingError(said, retry_after(asks))
+            asked, date = headers.get("Retry-After"), headers.get("Date")
+            raise PassingError(said, wait_s=retry_after_s(asked, now=time.time(), date=date))
         if 300 <= status < 400:
             raise BatchError(f"{said}, a redirect; give the URL where it leads")
         if status not in (200, 400, 422):
@@ -118,21 +131,6 @@ def token_of(name: str) -> str | None:
     if not (token.isascii() and token.isprintable()) or " " in token:
         raise ConfigError(f"{variable(name)}: a bearer token is printable ASCII without spaces")
     return token or None
-
-
-def retry_after(header: str | None) -> float | None:
-    """Seconds that a Retry-After header asks for, as a number or as a date.
-
-    >>> retry_after("3"), retry_after("soon"), retry_after("Wed, 21 Oct 2015 07:28:00 GMT")
-    (3.0, None, 0.0)
-    """
-    if header is None:
-        return None
-    if header.strip().isdecimal():
-        return float(header)
-    with contextlib.suppress(ValueError):
-        return max(0.0, email.utils.parsedate_to_datetime(header).timestamp() - time.time())
-    return None
 
 
 def _json(body: bytes) -> Any:  # noqa: ANN401  # whatever the server wrote

@@ -37,7 +37,11 @@ _BOOT = (
 )
 
 SECRETS = ("SPOKE_TOKEN", "SPOKE_REDIS_URL", "SPOKE_REWARD_TOKEN")
-"""How the names of variables begin that hold the server's own secrets: a reward function sees none of them."""
+"""How the names of variables begin that hold the server's own secrets: reward processes do not inherit them.
+
+That keeps them out of dumps and of what a function starts. It hides them from no function that looks for them: a
+process may read those of the same user (`/proc/PID/environ`).
+"""
 
 GARBLED = "its process wrote where only its worker may"
 
@@ -63,6 +67,7 @@ class Process:
     alive: bool = True
     """May be asked again."""
     _asked: bool = False
+    """Its words are waited for, though it may be gone already."""
     _watch: asyncio.Task[None] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -75,11 +80,12 @@ class Process:
         Raises:
             ConfigError: it cannot.
         """
-        (ours, theirs), (lines, says) = socket.socketpair(), socket.socketpair()
-        with theirs, says:
-            descriptors = theirs.fileno(), says.fileno()
-            arguments = [*descriptors, target, limits.memory_bytes]
+        with contextlib.ExitStack() as ends:
             try:
+                ours, theirs = map(ends.enter_context, socket.socketpair())
+                lines, says = map(ends.enter_context, socket.socketpair())
+                descriptors = theirs.fileno(), says.fileno()
+                arguments = [*descriptors, target, limits.memory_bytes]
                 child = await asyncio.create_subprocess_exec(
                     *(sys.executable, "-P", "-c", _BOOT, json.dumps([arguments, sys.path])),
                     stdin=asyncio.subprocess.DEVNULL,
@@ -87,12 +93,13 @@ class Process:
                     start_new_session=True,
                     env=_without_secrets(os.environ),
                 )
-            except OSError as error:  # no memory, or too many processes
-                ours.close()
-                lines.close()
-                raise ConfigError(_unusable(target, f"no process: {error.strerror}")) from error
-        ours.setblocking(False)
-        lines.setblocking(False)
+            except (OSError, RuntimeError) as error:  # no memory, files, threads or processes left
+                raise ConfigError(_unusable(target, f"no process: {error}")) from error
+            theirs.close()
+            says.close()
+            ours.setblocking(False)
+            lines.setblocking(False)
+            ends.pop_all()
         process = cls(limits, child, ours, lines)
         why = await process._loaded()
         if why is not None:
@@ -102,6 +109,7 @@ class Process:
 
     async def _loaded(self) -> str | None:
         """Why the process has no function, once it is known; None where it has one."""
+        self._asked = True
         try:
             if not await self._over(START_LIMIT_S):
                 return "its process dies while loading it"
@@ -113,6 +121,9 @@ class Process:
         except BaseException:  # cancelled: nobody else knows of this process
             self.kill()
             raise
+        finally:
+            self._asked = False
+            self._hang_up()
         return None if "loaded" in line else str(line.get("failed"))
 
     async def grade(
@@ -178,7 +189,8 @@ class Process:
         loop = asyncio.get_running_loop()
         try:
             async with asyncio.timeout(limit_s):
-                await loop.sock_sendall(self._socket, question)
+                if question:  # nothing at all would fail too where the process is gone
+                    await loop.sock_sendall(self._socket, question)
                 answer = await loop.sock_recv(self._socket, 64)
         except TimeoutError:  # an OSError too
             raise

@@ -88,10 +88,15 @@ class Processes:
         """
         size = min(BATCH, max(1, math.ceil(len(responses) / self._limits.workers)))
         batches = [tuple(responses[at : at + size]) for at in range(0, len(responses), size)]
-        graded = await asyncio.gather(
-            *(self._batch(batch, reference, dict(options)) for batch in batches)
-        )
-        return [grade for batch in graded for grade in batch]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [
+                    group.create_task(self._batch(batch, reference, dict(options)))
+                    for batch in batches
+                ]
+        except ExceptionGroup as refusals:  # the other batches have left the line
+            raise refusals.exceptions[0] from None
+        return [grade for task in tasks for grade in task.result()]
 
     async def close(self) -> None:
         """End every process; leaves that are being graded get an error."""
@@ -105,16 +110,16 @@ class Processes:
     ) -> list[Grade]:
         grades: list[Grade] = []
         while len(grades) < len(batch):
-            turn = self._spawn(self._turn(batch[len(grades) :], reference, options))
-            # Shielded: a client that goes away must not cost a process, and a turn is short anyway.
+            slot = await self._idle.get()  # a client that goes away leaves the line
+            turn = self._spawn(self._turn(slot, batch[len(grades) :], reference, options))
+            # Shielded: from here on it would cost a process, and a turn is short anyway.
             grades += await asyncio.shield(turn)
         return grades
 
     async def _turn(
-        self, rest: tuple[str, ...], reference: str, options: dict[str, Any]
+        self, slot: _Slot, rest: tuple[str, ...], reference: str, options: dict[str, Any]
     ) -> list[Grade]:
-        """Grades of the first leaves of `rest`, at least one."""
-        slot = await self._idle.get()
+        """Grades of the first leaves of `rest`, at least one; the slot is handed on after it."""
         reason = ""
         try:
             for _ in range(ATTEMPTS):
@@ -133,9 +138,13 @@ class Processes:
 
     async def _release(self, slot: _Slot) -> None:
         """Hand a slot on when it has a process again, so that no leaf waits for a start while others are free."""
-        with contextlib.suppress(ConfigError):  # whoever takes the slot tries again, and says so
-            await self._running(slot)
-        self._idle.put_nowait(slot)
+        try:
+            with contextlib.suppress(
+                ConfigError
+            ):  # whoever takes the slot tries again, and says so
+                await self._running(slot)
+        finally:  # a slot that is lost is missed for ever
+            self._idle.put_nowait(slot)
 
     async def _running(self, slot: _Slot) -> Process:
         if slot.process is None or not slot.process.alive:

@@ -239,6 +239,10 @@ def test_without_details_keeps_everything_else() -> None:
         ("returned str, not a finite number", "returned str, not a finite number"),
         ("the reward server answered 422: not 72", "the reward server answered 422"),
         ("the reward server gave 72, not a finite number", "the reward function failed"),
+        (
+            "not sent: for an earlier batch of this tree, the reward server took longer than 60 s",
+            "not sent: for an earlier batch of this tree",
+        ),
         ("seventeen: expected", "the reward function failed"),
         ("JSONDecodeError: not 72", "JSONDecodeError"),
         ("SystemExit: ", "SystemExit"),

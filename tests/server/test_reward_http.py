@@ -16,6 +16,7 @@ from fastapi.responses import JSONResponse, RedirectResponse, Response
 from support import free_port
 
 from server.rewards import Grade, RewardPool
+from server.rewards import http as http_module
 from server.rewards.limits import HttpLimits
 from shared.errors import ConfigError, RequestError
 
@@ -57,8 +58,9 @@ class Judge:
         match asked["reference"].split():
             case ["lengths"]:
                 return JSONResponse({"rewards": [len(response) for response in responses]})
-            case ["busy", status, after] if first:
-                return Response(status_code=int(status), headers={"Retry-After": after})
+            case ["busy", status, *after] if first:
+                headers = {"Retry-After": " ".join(after)}
+                return Response(status_code=int(status), headers=headers)
             case ["status", status]:
                 return JSONResponse({"detail": f"no, {TOKEN}"}, status_code=int(status))
             case ["field", field]:
@@ -151,6 +153,99 @@ async def test_what_may_pass_is_tried_again(pool, judge, status):
     assert await grade(pool, f"busy {status} 1") == [GOOD, GOOD]
     assert time.monotonic() - began >= 1  # Retry-After
     assert pool.stats["my-judge"].retries == retries + 1
+
+
+async def test_a_date_that_cannot_be_is_no_wait(pool):
+    absurd = "Wed, 21 Oct 99999999999999999999 07:28:00 GMT"
+    assert await grade(pool, f"busy 503 {absurd}") == [GOOD, GOOD]
+
+
+async def test_after_a_time_out_the_rest_of_the_tree_is_not_sent(pool, judge, monkeypatch):
+    """Nor are its questions made."""
+    made, question = [], http_module._question
+    monkeypatch.setattr(
+        http_module, "_question", lambda *args: made.append(args) or question(*args)
+    )
+    judge[0].asked.clear()
+    began = time.monotonic()
+    grades = await grade(pool, "hang", *map(str, range(400)))
+    assert time.monotonic() - began < 5  # and not 50 times 0.5 s
+    assert len(judge[0].asked) <= len(made) == 2
+    slow = "the reward server took longer than 0.5 s"
+    assert [one.error for one in grades].count(slow) == 8
+    rest = {one.error for one in grades if one.error != slow}
+    assert rest == {f"not sent: for an earlier batch of this tree, {slow}"}
+    assert await grade(pool, "lengths", "abc") == [Grade(reward=3.0)]  # the next tree is
+
+
+async def test_a_judge_that_is_not_there_is_asked_for_no_whole_tree():
+    pool = RewardPool(
+        {"judge": f"http://127.0.0.1:{free_port()}/"},
+        http=HttpLimits(batch=1, connections=2, attempts=2),
+    )
+    try:
+        grades = await pool.grade("judge", [str(n) for n in range(200)], "72", {})
+        assert all(one.error for one in grades)
+        assert grades[-1].error.startswith("not sent: for an earlier batch of this tree, the")
+        assert pool.stats["judge"].retries <= 4
+    finally:
+        await pool.close()
+
+
+async def test_errors_for_longer_than_retries_last_cost_the_rest_of_the_tree(judge):
+    """Where nothing else is heard; one poor batch among good ones costs itself."""
+    http = HttpLimits(batch=1, connections=1, attempts=2, retry_s=0.5)
+    pool = RewardPool({"judge": judge[1]}, http=http)
+    try:
+        judge[0].asked.clear()
+        grades = await pool.grade("judge", [str(n) for n in range(40)], "status 500", {})
+        assert grades[-1].error.startswith("not sent: for an earlier batch of this tree, the")
+        assert len(judge[0].asked) < 20
+    finally:
+        await pool.close()
+
+
+async def test_trees_behind_those_that_hang_end_with_them(judge):
+    http = HttpLimits(batch=1, connections=1, timeout_s=0.5, retry_s=0.25)
+    pool = RewardPool({"judge": judge[1]}, http=http)
+    try:
+        began = time.monotonic()
+        trees = (pool.grade("judge", [str(n)], "hang", {}) for n in range(20))
+        graded = await asyncio.gather(*trees)
+        assert time.monotonic() - began < 5  # and not 20 times 0.5 s
+        errors = {one.error for grades in graded for one in grades}
+        assert errors == {
+            "the reward server took longer than 0.5 s",
+            "the reward server answers nobody, and every connection is taken",
+        }
+    finally:
+        await pool.close()
+
+
+async def test_callers_that_go_away_leave_no_connection_taken(pool):
+    """Before they have one, in the line, while they are graded."""
+    for wait in range(100):
+        answers = map(str, range(12))
+        task = asyncio.create_task(grade(pool, ("slow", "hang")[wait % 2], *answers))
+        for _ in range(wait):
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert pool._graders["my-judge"]._connections._free._value == 2
+    assert await grade(pool, "later") == [GOOD, GOOD]
+
+
+async def test_a_slow_judge_that_answers_is_waited_for(judge):
+    http = HttpLimits(batch=1, connections=1, timeout_s=0.6, retry_s=0.0)
+    pool = RewardPool({"judge": judge[1]}, http=http)
+    try:
+        began = time.monotonic()
+        trees = (pool.grade("judge", [str(n)], "slow", {}) for n in range(20))
+        assert await asyncio.gather(*trees) == [[GOOD]] * 20
+        assert time.monotonic() - began > 0.6
+    finally:
+        await pool.close()
 
 
 @pytest.mark.parametrize(

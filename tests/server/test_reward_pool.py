@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import errno
 import os
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import pytest_asyncio
 
 from server.rewards import Grade, RewardPool
+from server.rewards.process import Process
 from shared.errors import ConfigError, RequestError
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -101,6 +104,7 @@ def fault(response, reference, options):
 def logged(response, reference, options):
     with open(options["log"], "a") as log:
         log.write(response + "\\n")
+    time.sleep(options.get("pause_s", 0))
     return 1.0
 
 def suffix(response, reference, options):
@@ -319,6 +323,106 @@ async def test_a_client_that_goes_away_costs_no_process(pool):
     assert before <= workers()
 
 
+async def test_a_tree_that_is_given_up_leaves_the_line(own_modules, tmp_path):
+    """What it has not begun is not graded, and holds up nobody."""
+    pool = RewardPool({"logged": "my_rewards:logged"}, workers=1)
+    try:
+        await pool.start(["logged"])
+        options = {"log": str(tmp_path / "log"), "pause_s": 0.1}
+        tree = [str(number) for number in range(320)]
+        given_up = asyncio.create_task(pool.grade("logged", tree, "", options))
+        await until((tmp_path / "log").exists)
+        given_up.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await given_up
+        assert await pool.grade("logged", ["next"], "", options) == [GOOD]
+        graded = (tmp_path / "log").read_text().split()
+        assert graded[-1] == "next"
+        assert len(graded) < 10  # one turn
+    finally:
+        await pool.close()
+
+
+async def test_a_hundred_callers_that_go_away_cost_no_slot_and_no_process(own_modules):
+    before = workers()
+    pool = RewardPool({"fault": "my_rewards:fault"}, workers=1, timeout_s=LIMIT_S)
+    try:
+        await pool.start(["fault"])
+        for wait in range(100):
+            answers = ["pause 1", "exit 3"] if wait % 20 == 19 else [f"{wait}", "pause 1"]
+            task = asyncio.create_task(pool.grade("fault", answers, "", {}))
+            for _ in range(wait % 7):  # before it begins, in the line, while it is graded
+                await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        storm = [asyncio.create_task(pool.grade("fault", [f"{n}"], "", {})) for n in range(100)]
+        done, _ = await asyncio.wait(storm, return_when=asyncio.FIRST_COMPLETED)
+        for task in storm:
+            task.cancel()
+        await asyncio.wait(storm)
+        assert done
+        async with asyncio.timeout(10):
+            assert await pool.grade("fault", ["later", "and later"], "", {}) == [GOOD, GOOD]
+        await until(lambda: pool._graders["fault"]._idle.qsize() == 1)
+        assert len(workers() - before) == 1
+        assert pool.stats["fault"].restarts <= 5  # what the leaves cost; no caller did
+    finally:
+        await pool.close()
+    assert workers() <= before
+
+
+@pytest.mark.parametrize(
+    ("fault", "error"),
+    [
+        ("second pair", OSError(errno.EMFILE, os.strerror(errno.EMFILE))),
+        ("child", RuntimeError("can't start new thread")),
+        ("child", ZeroDivisionError("no error that is expected")),
+    ],
+)
+async def test_a_process_that_cannot_be_started_costs_no_slot(
+    own_modules, monkeypatch, fault, error
+):
+    """Fakes of a machine that has run out, at the call that finds out; then there is room again."""
+    pool = RewardPool({"fault": "my_rewards:fault"}, workers=1, timeout_s=LIMIT_S)
+    before, pairs, socketpair = workers(), [], socket.socketpair
+
+    def pair():
+        if fault == "second pair" and len(pairs) % 2:
+            pairs.append(None)
+            raise error
+        pairs.append(socketpair())
+        return pairs[-1]
+
+    async def child(*_, **__):
+        raise error
+
+    try:
+        await pool.start(["fault"])
+        with monkeypatch.context() as patch:
+            patch.setattr(socket, "socketpair", pair)
+            if fault == "child":
+                patch.setattr(asyncio, "create_subprocess_exec", child)
+            for pid in workers() - before:
+                os.kill(pid, signal.SIGKILL)
+            await until(lambda: workers() <= before)
+            graded = asyncio.create_task(pool.grade("fault", ["a"], "", {}))
+            async with asyncio.timeout(10):
+                if isinstance(error, ZeroDivisionError):
+                    with pytest.raises(ZeroDivisionError):
+                        await graded
+                else:
+                    (grade,) = await graded
+                    assert str(error) in grade.error
+            await until(lambda: pool._graders["fault"]._idle.qsize() == 1)
+        assert pairs
+        assert all(end.fileno() == -1 for both in pairs if both for end in both)
+        async with asyncio.timeout(10):
+            assert await pool.grade("fault", ["a"], "", {}) == [GOOD]
+    finally:
+        await pool.close()
+
+
 async def test_grades_come_in_order_across_batches_and_turns(pool):
     """100 quick leaves are several batches; 16 of a tenth of a second overrun a worker's turn several times."""
     quick = [f"return {number}" for number in range(100)]
@@ -424,6 +528,21 @@ async def test_a_function_that_cannot_be_loaded_at_its_first_use_is_a_503(own_mo
             assert "half written" in caplog.text
     finally:
         await pool.close()
+
+
+async def test_why_a_function_cannot_be_loaded_is_known_when_its_process_is_gone(
+    own_modules, monkeypatch
+):
+    over = Process._over
+
+    async def late(self, *args):
+        await asyncio.wait({self._watch}, timeout=10)
+        return await over(self, *args)
+
+    monkeypatch.setattr(Process, "_over", late)
+    pool = RewardPool({"broken": "my_package.breaks:grade"}, workers=1)
+    with pytest.raises(ConfigError, match="ValueError: half written"):
+        await pool.start(["broken"])
 
 
 SERVER_THAT_DIES = """
