@@ -29,13 +29,13 @@ from fastapi.responses import PlainTextResponse, RedirectResponse, Response, Str
 from support import free_port
 
 from shared.errors import ConfigError, FleetError, RequestError
+from shared.retry_after import retry_after_s
 from shared.wire import (
     GroupPlan,
     Sampling,
 )
 from trainer.client import AsyncClient, Client, Target, fixed
 from trainer.client.connection import open_http
-from trainer.client.retries import retry_after
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -144,8 +144,8 @@ async def test_a_date_that_no_clock_can_hold_is_none(fake: Fake, date: str) -> N
     async with AsyncClient(server.url, timeout_s=10) as client:
         await client.rollout_tree(REQUEST)
     assert len(server.bodies) == 2
-    past = {"retry-after": "Thu, 01 Jan 1970 00:00:30 GMT"}
-    assert retry_after(past | {"date": date}, 10.0) == 20.0
+    past = "Thu, 01 Jan 1970 00:00:30 GMT"
+    assert retry_after_s(past, now=10.0, date=date) == 20.0
 
 
 # 2. Failover

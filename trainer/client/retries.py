@@ -7,14 +7,13 @@
 - anything else: RequestError, it would be refused again.
 """
 
-import email.utils
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pydantic import ValidationError
 
 from shared.errors import ConfigError
+from shared.retry_after import retry_after_s
 from shared.wire import Problem
 
 TOKEN_VARIABLE = "SPOKE_TOKEN"
@@ -39,45 +38,13 @@ class Failure:
     """As the server says; None leaves the wait to us."""
 
 
-def retry_after(headers: Mapping[str, str], now: float) -> float | None:
-    """Seconds to wait by `Retry-After`, in either of its forms; None without one that can be read.
-
-    Args:
-        headers: of the answer, whose keys do not care for case, or are in lower case. A date is read against the
-            server's own clock where it says its `date`.
-        now: Unix seconds.
-
-    >>> retry_after({"retry-after": "3"}, 0.0)
-    3.0
-    >>> dates = {"retry-after": "Wed, 21 Oct 2026 07:28:30 GMT", "date": "Wed, 21 Oct 2026 07:28:00 GMT"}
-    >>> retry_after(dates, 0.0), retry_after({"retry-after": "soon"}, 0.0)
-    (30.0, None)
-    """
-    text = headers.get("retry-after", "")
-    try:
-        seconds = float(text)
-    except ValueError:
-        until = _unix(text)
-        if until is None:
-            return None
-        seconds = until - (_unix(headers.get("date", "")) or now)
-    return max(0.0, seconds) if math.isfinite(seconds) else None
-
-
-def _unix(date: str) -> float | None:
-    try:
-        return email.utils.parsedate_to_datetime(date).timestamp()
-    except (ValueError, OverflowError):  # no date, or one that no clock can hold
-        return None
-
-
 def failure(url: str, found: Problem, headers: Mapping[str, str], now: float) -> Failure:
     """What a problem means.
 
     Args:
         url: of the server.
         found: as `problem` gives it.
-        headers: as in `retry_after`.
+        headers: of the answer, by names in lower case.
         now: Unix seconds.
 
     Raises:
@@ -97,7 +64,9 @@ def failure(url: str, found: Problem, headers: Mapping[str, str], now: float) ->
             reason=f"{status}: {reason}",
             whole_server=status in _SERVER,
             full=status == 429,
-            retry_after_s=retry_after(headers, now),
+            retry_after_s=retry_after_s(
+                headers.get("retry-after"), now=now, date=headers.get("date")
+            ),
         )
     raise found.as_error()
 
