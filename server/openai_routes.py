@@ -25,6 +25,8 @@ MISSING = "only vLLM has the OpenAI routes: start the server with --engine vllm,
 CHAT = "/v1/chat/completions"
 MOST_PROMPTS = 2048
 """Of one request."""
+TOKEN_CHARS = 4
+"""Characters of a token, roughly, where a prompt is a text."""
 MOST_VALUES = 20_000
 """Of a request beside its prompts: the application notes an error for each that is wrong, several for some."""
 DEFAULT_TOKENS = {"/v1/completions": 16}
@@ -94,7 +96,27 @@ def cost(path: str, asked: Any, context: int) -> Cost:  # noqa: ANN401 - whateve
     if path == CHAT and asked.get("max_completion_tokens") is not None:
         limit = chat
     tokens = min(context, limit or DEFAULT_TOKENS.get(path, context))
-    return Cost(nodes=nodes, tokens=nodes * tokens)
+    return Cost(nodes=nodes, tokens=nodes * tokens + _prompt_tokens(asked))
+
+
+def _prompt_tokens(asked: dict[str, Any]) -> int:
+    """Tokens of all prompts or messages, roughly: they take up the engine's memory as what is sampled does.
+
+    >>> _prompt_tokens({"prompt": [[1, 2, 3], [4]]}), _prompt_tokens({"messages": [{"content": "a" * 40}]})
+    (4, 10)
+    """
+    tokens, left = 0, [asked.get("prompt"), asked.get("messages")]
+    while left:
+        here = left.pop()
+        if isinstance(here, str):
+            tokens += len(here) // TOKEN_CHARS
+        elif isinstance(here, list):
+            ids = here and type(here[0]) is int
+            tokens += len(here) if ids else 0
+            left.extend(() if ids else here)
+        elif isinstance(here, dict):
+            left.extend(here.values())
+    return tokens
 
 
 def _prompts(prompt: Any) -> int:  # noqa: ANN401 - whatever the caller sent
