@@ -57,7 +57,7 @@ class BodyLimit:
         if len(body) > self._limits.body_bytes:
             await self._too_large()(scope, receive, send)
             return
-        await self._app(scope, _replay(body, receive), send)
+        await self._app(scope, replay(body, receive), send)
 
     async def _read(self, receive: Receive) -> bytes | None:
         """The body, or as much of it as shows that it is too large; None when the client goes away."""
@@ -96,7 +96,7 @@ def _announced(scope: Scope) -> bool:
     )
 
 
-def _replay(body: bytes, receive: Receive) -> Receive:
+def replay(body: bytes, receive: Receive) -> Receive:
     """The body in one message, and then what the server says: that the client went away."""
     left: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 

@@ -12,9 +12,9 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.requests import ClientDisconnect, Request
 from starlette.routing import Route
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.body import strict_json
+from server.body import replay, strict_json
 from server.costs import Cost
 from shared.errors import RequestError
 
@@ -63,7 +63,7 @@ class Forward:
             raise RequestError("body", f"it is not JSON: {error.msg}", status=400) from None
         async with self._enter(cost(scope["path"], asked, context)):
             # A copy: the application writes itself into the scope.
-            await app(dict(scope), _again(body, receive), send)
+            await app(dict(scope), replay(body, receive), send)
 
 
 def add_openai_routes(app: FastAPI, target: Target, enter: Enter) -> None:
@@ -165,17 +165,3 @@ def _count(asked: dict[str, Any], name: str) -> int | None:
     if type(value) is not int:  # true is an int too
         raise RequestError(name, "write an integer, without quotes and point, or null", status=400)
     return value if value > 0 else None
-
-
-def _again(body: bytes, receive: Receive) -> Receive:
-    """A `receive` that gives a body that was read, and then what comes after it."""
-    given = False
-
-    async def give() -> Message:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return give
