@@ -69,6 +69,13 @@ def parser() -> argparse.ArgumentParser:
         help="what the OpenAI routes call the model; default: what --model says",
     )
     add("--server-id", default=None, help="name in the fleet table")
+    _add_rewards(add)
+    _add_load(add)
+    return parse
+
+
+def _add_rewards(add: Callable[..., object]) -> None:
+    """Rewards of one's own, and what each may use."""
     add(
         "--reward",
         action="append",
@@ -79,6 +86,13 @@ def parser() -> argparse.ArgumentParser:
     add("--reward-workers", type=int, default=2, help="processes of each reward function in use")
     add("--reward-memory-gib", type=float, default=2.0, help="address space of each of them")
     add("--reward-timeout", type=float, default=5.0, help="hard limit for one response, seconds")
+    add("--reward-http-timeout", type=float, default=60.0, help="of one batch to a URL, seconds")
+    add("--reward-http-batch", type=int, default=64, help="most responses of one batch to a URL")
+    add("--reward-http-connections", type=int, default=8, help="most batches at once to each URL")
+
+
+def _add_load(add: Callable[..., object]) -> None:
+    """How much is taken on at once, and how a server ends."""
     add(
         "--max-nodes-in-flight",
         type=int,
@@ -102,10 +116,6 @@ def parser() -> argparse.ArgumentParser:
         default=30.0,
         help="seconds that trees in flight may take to end after a stop; then they are handed back",
     )
-    add("--reward-http-timeout", type=float, default=60.0, help="of one batch to a URL, seconds")
-    add("--reward-http-batch", type=int, default=64, help="most responses of one batch to a URL")
-    add("--reward-http-connections", type=int, default=8, help="most batches at once to each URL")
-    return parse
 
 
 def _add_bounds(add: Callable[..., object]) -> None:

@@ -152,33 +152,37 @@ def _add_routes(app: FastAPI, holder: Holder, limits: Limits) -> None:
         """Model, engine, limits, weight version and logprob convention."""
         if holder.service is None:
             raise BusyError(f"this server is {status.state}")
-        engine = holder.service.engine
-        about = engine.info
-        return {
-            "server_id": status.server_id,
-            "state": status.state,
-            "model": about.model,
-            "engine": about.engine,
-            "dtype": about.dtype,
-            "device": about.device,
-            "vocab_size": about.vocab_size,
-            "eos_token_ids": list(about.eos_token_ids),
-            "limits": {
-                **asdict(limits),
-                "max_model_len": about.max_model_len,
-                "max_batch": about.max_batch,
-                "kv_tokens": about.kv_tokens,
-                "nodes_in_flight": holder.service.gate.bound.nodes,
-                "tokens_in_flight": holder.service.gate.bound.tokens,
-                "tree_nodes": holder.service.budget.nodes,
-                "tree_tokens": holder.service.budget.tokens,
-            },
-            "weights": {"version": engine.version, "digest": status.weights_digest},
-            "rewards": holder.service.rewards.names(),
-            "logprobs": LOGPROBS,
-        }
+        return _about(holder.service, limits)
 
     _add_openai(app, holder, service)
+
+
+def _about(service: RolloutService, limits: Limits) -> dict[str, Any]:
+    """What `/info` says."""
+    status, about = service.status, service.engine.info
+    return {
+        "server_id": status.server_id,
+        "state": status.state,
+        "model": about.model,
+        "engine": about.engine,
+        "dtype": about.dtype,
+        "device": about.device,
+        "vocab_size": about.vocab_size,
+        "eos_token_ids": list(about.eos_token_ids),
+        "limits": {
+            **asdict(limits),
+            "max_model_len": about.max_model_len,
+            "max_batch": about.max_batch,
+            "kv_tokens": about.kv_tokens,
+            "nodes_in_flight": service.gate.bound.nodes,
+            "tokens_in_flight": service.gate.bound.tokens,
+            "tree_nodes": service.budget.nodes,
+            "tree_tokens": service.budget.tokens,
+        },
+        "weights": {"version": service.engine.version, "digest": status.weights_digest},
+        "rewards": service.rewards.names(),
+        "logprobs": LOGPROBS,
+    }
 
 
 def _add_openai(app: FastAPI, holder: Holder, service: Callable[[], RolloutService]) -> None:
