@@ -24,7 +24,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
         ClientGoneError: the client went away; the work has ended.
     """
     task = asyncio.ensure_future(work)
-    away = asyncio.ensure_future(gone(request))
+    away = asyncio.ensure_future(_gone(request))
     try:
         await asyncio.wait({task, away}, return_when=asyncio.FIRST_COMPLETED)
         if task.done():
@@ -36,7 +36,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
         await asyncio.wait({task, away})
 
 
-async def gone(request: Request) -> None:
+async def _gone(request: Request) -> None:
     """Returns when the client has gone away."""
     while (await request.receive())["type"] != "http.disconnect":
         pass
