@@ -42,6 +42,10 @@ class ServerRecord(BaseModel):
     """Trees being sampled."""
     sampled_tokens: int = 0
     """Since it started."""
+    head: int = 0
+    """Newest version that it has heard of."""
+    serves_files: tuple[int, ...] = ()
+    """Versions whose files it hands to other servers."""
     last_error: str | None = None
     updated_at: float
     """Unix seconds, by the server's clock; for people, never for decisions."""
@@ -56,11 +60,20 @@ class Head(BaseModel):
     manifest_digest: str
     weights_digest: str
     store: str
-    """URL of the store that holds it, as the trainer writes it."""
+    """URL of the store that holds it, as servers reach it."""
+    max_staleness: int | None = None
+    """Most versions that a server may lag behind this one and still take requests; None is no bound.
+
+    Training announces one more than its own `max_staleness`: the newest version is always on its way to somebody,
+    and its requests carry the exact bound as `min_weight_version`."""
 
     def held_by(self, record: ServerRecord) -> bool:
         """Does this server hold these very bytes under this very number?"""
         return (record.version, record.digest) == (self.version, self.weights_digest)
+
+    def fields(self) -> dict[str, str]:
+        """As the fields of a Redis hash; what is None has none."""
+        return {k: str(v) for k, v in self.model_dump().items() if v is not None}
 
     @classmethod
     def of(cls, fields: dict[str, str]) -> Self:

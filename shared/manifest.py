@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from shared.digests import sha256, weights_digest
 from shared.errors import WeightsError
@@ -21,6 +21,8 @@ class Encoding(StrEnum):
 
     FULL = "full"
     """safetensors shards with every tensor: an anchor."""
+    DELTA = "delta"
+    """Changed elements against one base version; see `delta`."""
 
 
 class TensorEntry(BaseModel):
@@ -49,24 +51,68 @@ class FileEntry(BaseModel):
     sha256: str
 
 
+class DeltaEntry(BaseModel):
+    """What turns one base version into this one."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base_version: int = Field(ge=0)
+    base_digest: str
+    """Digest of the base's weights: two bases of one number are never confused."""
+    files: tuple[FileEntry, ...]
+
+
 class Manifest(BaseModel):
     """Everything a server must know to fetch and verify one version."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: int = 1
+    format: int = 2
     run: str
     version: int = Field(ge=0)
     base_version: int | None = None
     """The version that a delta starts from; None for an anchor."""
+    base_digest: str = ""
+    """Digest of the base's weights; empty for an anchor."""
     encoding: Encoding = Encoding.FULL
     dtype: str
     """`float32` or `bfloat16`, of the published tensors."""
     tensors: tuple[TensorEntry, ...]
     files: tuple[FileEntry, ...]
+    """Of an anchor its shards; of a delta its changed elements."""
+    shortcut: DeltaEntry | None = None
+    """Of an anchor: the same version as a delta, for servers that hold its base and need no second full copy."""
     created_at: str = Field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     digest: str = ""
     """SHA-256 of this manifest with `digest` empty; see `seal`."""
+
+    @model_validator(mode="after")
+    def _base_fits_encoding(self) -> Self:
+        is_delta = self.encoding is Encoding.DELTA
+        if is_delta != (self.base_version is not None) or is_delta != bool(self.base_digest):
+            raise ValueError(
+                "a delta names its base_version and base_digest, an anchor has neither"
+            )
+        if is_delta and self.shortcut is not None:
+            raise ValueError("a delta has no shortcut")
+        step = self.delta
+        if step is not None and step.base_version >= self.version:
+            raise ValueError(f"base_version {step.base_version} is not below the version")
+        return self
+
+    @property
+    def delta(self) -> DeltaEntry | None:
+        """How to come here from the version before: a delta itself, an anchor by its shortcut, or None."""
+        if self.base_version is None:
+            return self.shortcut
+        return DeltaEntry(
+            base_version=self.base_version, base_digest=self.base_digest, files=self.files
+        )
+
+    @property
+    def is_anchor(self) -> bool:
+        """Does it stand by itself?"""
+        return self.encoding is Encoding.FULL
 
     @property
     def weights_digest(self) -> str:

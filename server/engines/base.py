@@ -107,13 +107,18 @@ class GenerateResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Weights:
-    """One exact set of weights, verified, on this machine's disk."""
+    """One exact set of weights, verified, on this machine's disk: all of it, or what changed."""
 
     version: int
     digest: str
     """Digest of every tensor's name, dtype, shape and bytes; salts the prefix cache."""
     files: tuple[Path, ...]
-    """safetensors shards in checkpoint (Hugging Face) names, every parameter exactly once; tied ones once."""
+    """safetensors shards in checkpoint (Hugging Face) names, every parameter exactly once; tied ones once.
+
+    With `base_digest`, patch files: for each tensor that changed `NAME.indices` ([n] int32, or int64 where the
+    tensor needs it: ascending places in the flattened tensor) and `NAME.values` ([n] the new values)."""
+    base_digest: str | None = None
+    """Digest of the weights that a patch is for, which must be the engine's own; None for a full set."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +166,18 @@ class Engine(Protocol):
         stay and serve.
 
         Raises:
-            WeightsError: a tensor is missing, unknown, or has another shape.
+            WeightsError: a tensor is missing, unknown, or has another shape; or the patch is for other weights.
+        """
+        ...
+
+    async def live_digests(self, dtype: str) -> dict[str, str]:
+        """SHA-256 of every parameter as it stands in the engine's memory now, by checkpoint name.
+
+        Args:
+            dtype: `float32` or `bfloat16`, that the bytes are hashed in: the published format.
+
+        Raises:
+            EngineError: the engine failed, or cannot tell its parameters apart by checkpoint names.
         """
         ...
 
