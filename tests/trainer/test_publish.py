@@ -406,6 +406,23 @@ async def test_collection_waits_for_a_redis_that_is_away(store: Store) -> None:
         await redis.close()
 
 
+async def test_a_manifest_that_could_not_be_read_is_read_again(
+    redis: RedisCoordinator, store: Store
+) -> None:
+    async with publishing(redis, store) as publisher:
+        for version in range(2):
+            await publisher.publish(version, weights(version))
+    collector = Collector(store=store, coordinator=redis, keep=1)
+    manifest = store.folder / "v000001" / "manifest.json"
+    sound = manifest.read_bytes()
+    manifest.write_text("{}")
+    await collector.collect(1)
+    assert store.versions() == [0, 1]
+    manifest.write_bytes(sound)
+    await collector.collect(1)
+    assert store.versions() == [1]
+
+
 async def test_a_damaged_manifest_is_no_anchor(redis: RedisCoordinator, store: Store) -> None:
     async with publishing(redis, store) as publisher:
         for version in range(3):
