@@ -152,7 +152,7 @@ class Lease:
                 if held is None:
                     self._status(
                         f"run {self._run!r} is held by {error.owner}; waiting up to {error.left_s:.0f} s "
-                        "for it to live or to be gone"
+                        "to see whether it lives"
                     )
                 held = error
             await asyncio.sleep(POLL_S)
@@ -212,10 +212,15 @@ async def hold(
     lease = Lease(coordinator, newest_stored, run, status)
     body = asyncio.current_task()
     assert body is not None
+
+    def stop(task: asyncio.Task[None]) -> None:
+        if not task.cancelled():
+            body.cancel()
+
     try:
         await lease.take()
         keeping = asyncio.create_task(lease.keep())
-        keeping.add_done_callback(lambda task: None if task.cancelled() else body.cancel())
+        keeping.add_done_callback(stop)
         try:
             yield lease
         except asyncio.CancelledError:
@@ -226,6 +231,7 @@ async def hold(
             assert error is not None
             raise error from None
         finally:
+            keeping.remove_done_callback(stop)
             keeping.cancel()
     finally:
         await lease.release()

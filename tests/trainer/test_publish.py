@@ -12,8 +12,13 @@
 
 import asyncio
 import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +38,7 @@ from trainer.lease import hold
 from trainer.publish import Publisher
 
 BOUND_S = 20.0
+SHORT_LEASE_S = 1.0
 Hook = Callable[[str], None]
 
 
@@ -164,6 +170,63 @@ async def test_an_overtaken_trainer_announces_nothing(
         await train()
     assert await redis.head() == other[0]
     assert store.versions() == ([6] if stage == "files" else [6, 7])
+
+
+@pytest.fixture
+def process(redis: RedisCoordinator, redis_url: str, store: Store) -> Iterator[Any]:
+    """A trainer in a process of its own, which publishes version 7; see `publisher_process.py`."""
+    script = Path(__file__).with_name("publisher_process.py")
+    arguments = [redis_url, redis.keys.run, str(SHORT_LEASE_S), str(store.folder.parent), "7"]
+    made = subprocess.Popen(
+        [sys.executable, str(script), *arguments],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(script.parents[2])},
+    )  # fmt: skip
+    yield made
+    made.kill()
+    made.wait()
+    for pipe in (made.stdin, made.stdout):
+        assert pipe is not None
+        pipe.close()
+
+
+async def says(process: Any) -> Any:
+    return json.loads(
+        await asyncio.wait_for(asyncio.to_thread(process.stdout.readline), 3 * BOUND_S)
+    )
+
+
+async def test_a_trainer_stopped_for_longer_than_its_lease_cannot_publish(
+    redis: RedisCoordinator, store: Store, process: Any
+) -> None:
+    assert await says(process) == "files"
+    process.send_signal(signal.SIGSTOP)
+    async with publishing(redis, store) as publisher:  # once the lease has run out
+        assert store.names(7)
+        assert "manifest.json" not in store.names(7)
+        assert await publisher.next_version() == 8
+        head = await publisher.publish(8, weights(8))
+    process.send_signal(signal.SIGCONT)
+    process.stdin.write("go on\n")
+    process.stdin.flush()
+    assert "version 8 is not of this one" in (await says(process))["ended"]
+    assert store.versions() == [8]
+    assert await redis.head() == head
+
+
+async def test_a_trainer_killed_in_the_middle_leaves_a_number_that_is_skipped(
+    redis: RedisCoordinator, store: Store, process: Any
+) -> None:
+    assert await says(process) == "files"
+    process.kill()
+    said: list[str] = []
+    async with publishing(redis, store, status=said.append) as publisher:
+        assert any("to see whether it lives" in line for line in said)
+        version = await publisher.next_version()
+        assert version == 8
+        await publisher.publish(version, weights(8))
+        await publisher.collect(version)
+        assert store.numbers() == store.versions() == [8]
 
 
 async def test_redis_emptied_between_two_versions(redis: RedisCoordinator, store: Store) -> None:
