@@ -18,6 +18,7 @@ from server.connection import while_connected
 from server.costs import Cost
 from server.details import for_caller
 from server.guard import Guard
+from server.holdings import Holdings
 from server.limits import Limits
 from server.liveness import Pulse
 from server.metrics import Counted, Metrics
@@ -29,6 +30,7 @@ from server.sending import SendLimit
 from server.service import RolloutService
 from server.status import Status
 from server.streaming import node_stream
+from server.weights_routes import add_weights_routes
 from shared.codec import MediaType, choose
 from shared.errors import BusyError, RequestError
 from shared.wire import RolloutTreeRequest, RolloutTreeResponse
@@ -52,6 +54,8 @@ class Holder:
         self.pulse = Pulse(liveness_s)
         self.metrics = Metrics()
         self.service: RolloutService | None = None
+        self.holdings: Holdings | None = None
+        """Weight versions on this server's disk, for its peers; None where it follows no run, or not yet."""
         self.openai: ASGIApp | None = None
         """The engine's OpenAI routes; None where it has none."""
 
@@ -154,6 +158,7 @@ def _add_routes(app: FastAPI, holder: Holder, limits: Limits) -> None:
             raise BusyError(f"this server is {status.state}")
         return _about(holder.service, limits)
 
+    add_weights_routes(app, lambda: holder.holdings, holder.metrics.sent_weights)
     _add_openai(app, holder, service)
 
 

@@ -39,6 +39,10 @@ class ServerSettings:
     run: str = "default"
     store: str | None = None
     """Weight store, where this server reaches it under another URL than the trainer announces."""
+    store_token: str | None = field(default=None, repr=False)
+    """Sent to stores over HTTP and to other servers, and accepted from them for weights alone."""
+    weights_dir: Path | None = None
+    """Keeps fetched versions, over restarts too; None is a temporary folder on disk."""
     advertise_url: str | None = None
     """How trainers reach this server; None is `http://HOST:PORT`."""
     served_model_name: str | None = None

@@ -18,6 +18,7 @@ from trainer.fleet import Fleet, registered
 from trainer.optimizer import PolicyOptimizer
 from trainer.policy import DTYPES, load_policy, recompute_activations
 from trainer.publish import Publisher, lease
+from trainer.serving import announced
 from trainer.settings import KLEstimator
 from trainer.update import Learner
 
@@ -101,6 +102,7 @@ async def connect(
     url = fleet_settings.store or f"file://{(folder / 'weights').resolve()}"
     store = FsspecStore(url, settings.run)
     async with contextlib.AsyncExitStack() as stack:
+        store_url = await stack.enter_async_context(announced(fleet_settings, store, folder))
         coordinator = RedisCoordinator(fleet_settings.redis_url, settings.run)
         stack.push_async_callback(coordinator.close)
         token = await stack.enter_async_context(lease(coordinator))
@@ -112,7 +114,7 @@ async def connect(
         stack.push_async_callback(fleet.close)
         publisher = Publisher(
             store=store,
-            store_url=url,
+            store_url=store_url,
             coordinator=coordinator,
             token=token,
             run=settings.run,
