@@ -12,7 +12,9 @@ from importlib.resources import files
 from typing import Any, Protocol, TypeVar
 
 import redis.asyncio
-from redis.exceptions import RedisError
+from redis.exceptions import AuthenticationError, RedisError
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from shared.errors import ConfigError, CoordinationError, LeaseError, LeaseHeldError
 from shared.fleet import Head, ServerRecord
@@ -99,6 +101,13 @@ def _script(name: str) -> str:
 def _pairs(head: Head) -> list[str]:
     """A head as the names and values of a Redis hash, in turn."""
     return [part for field in head.fields().items() for part in field]
+
+
+def is_away(error: CoordinationError) -> bool:
+    """May the same call go well later? Not where Redis answered, with a refusal."""
+    away = (OSError, RedisConnectionError, RedisTimeoutError)  # TimeoutError is an OSError
+    cause = error.__cause__
+    return isinstance(cause, away) and not isinstance(cause, AuthenticationError)
 
 
 class RedisCoordinator:
