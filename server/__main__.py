@@ -83,7 +83,9 @@ def _add_weights(add: Callable[..., object]) -> None:
         default=None,
         help="folder for fetched versions, used again after a restart; default: one that goes with the process",
     )
-    add("--redis-wait", type=float, default=60.0, help="seconds that Redis may be away at the start")
+    add(
+        "--redis-wait", type=float, default=60.0, help="seconds that Redis may be away at the start"
+    )
     add(
         "--max-lag",
         type=int,

@@ -18,6 +18,7 @@ from server.connection import while_connected
 from server.costs import Cost
 from server.details import for_caller
 from server.guard import Guard
+from server.holdings import Holdings
 from server.limits import Limits
 from server.live import Live, LiveWeights
 from server.liveness import Pulse
@@ -55,6 +56,8 @@ class Holder:
         self.service: RolloutService | None = None
         self.openai: ASGIApp | None = None
         """The engine's OpenAI routes; None where it has none."""
+        self.holdings: Holdings | None = None
+        """Versions whose files this server has; None where it follows no run."""
         self.live: Live | None = None
         """Hashes the weights; None before the model is loaded."""
 

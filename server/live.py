@@ -29,7 +29,9 @@ class LiveWeights(BaseModel):
         "nothing was taken yet, so that there is nothing to compare with"
     )
     dtype: str = Field(description="the published format, in which the bytes are hashed")
-    tensors: dict[str, str] = Field(description="SHA-256 of each tensor's bytes, by checkpoint name")
+    tensors: dict[str, str] = Field(
+        description="SHA-256 of each tensor's bytes, by checkpoint name"
+    )
 
 
 @dataclass(slots=True)

@@ -48,11 +48,13 @@ class Metrics:
         self.grading_s = seconds("tree_reward_seconds", "Grading after the last token.")
         self.updates = counter("weight_updates", "Weight updates by outcome.", ["outcome"])
         self.fetched = counter(
-            "weight_fetched_bytes", "Bytes of versions fetched: from the store, or from a peer.", ["source"]
+            "weight_fetched_bytes",
+            "Bytes of versions fetched: from the store, or from a peer.",
+            ["source"],
         )
         self.update_s = seconds(
             "weight_update_seconds",
-            "Phases of a weight update: fetch (files), decode (and verify), pause (no token sampled), apply (part of "
+            "Phases of a weight update: fetch (files), decode (and verify), pause (no token sampled), apply (of "
             "the pause).",
             ["phase"],
         )

@@ -40,7 +40,7 @@ class ServerSettings:
     store: str | None = None
     """Weight store, where this server reaches it under another URL than the trainer announces."""
     weights_dir: Path | None = None
-    """Where fetched versions lie, to be used again after a restart; None is a folder that goes with the process."""
+    """Where fetched versions lie, to be used again after a restart; None: a folder that goes with the process."""
     redis_wait_s: float = 60.0
     """How long Redis may be away at the start, seconds."""
     max_lag: int | None = None

@@ -23,7 +23,7 @@ from server.status import Status, Update
 from server.threads import in_daemon_thread
 from shared.chain import Chain, write_full, write_patch
 from shared.digests import file_sha256
-from shared.errors import SpokeError, WeightsError
+from shared.errors import RoomError, SpokeError, WeightsError
 from shared.fleet import Head
 from shared.manifest import FileEntry
 
@@ -177,8 +177,9 @@ class Taker:
         try:
             async with asyncio.timeout(TAKE_S):
                 return await in_daemon_thread(decode, chain, work)
-        except WeightsError:
-            await self._doubt(chain)
+        except WeightsError as error:
+            if not isinstance(error, RoomError):
+                await self._doubt(chain)
             raise
 
     def _patch(self, chain: Chain, work: Path) -> Weights | None:
