@@ -52,8 +52,8 @@ class Leases(Protocol):
         """Set the head, once its bytes are durable; announcing the same head again changes nothing.
 
         Raises:
-            LeaseError: the lease is no longer ours.
-            CoordinationError: the version does not grow, or Redis is away.
+            LeaseError: the lease is no longer ours, or the version does not grow.
+            CoordinationError: Redis is away.
         """
         ...
 
@@ -176,7 +176,7 @@ class RedisCoordinator:
     async def acquire_lease(self, owner: str) -> str:
         """See `Leases.acquire_lease`."""
         keys = [self._keys.lease, self._keys.fence]
-        args = [owner, int(LEASE_S * 1000), secrets.token_hex(8)]
+        args: list[str | int] = [owner, int(LEASE_S * 1000), secrets.token_hex(8)]
         taken, *answer = await self.script("acquire_lease", keys, args)
         if not taken:
             holder, left_ms = answer
@@ -194,14 +194,14 @@ class RedisCoordinator:
     async def announce(self, token: str, head: Head) -> None:
         """See `Leases.announce`."""
         keys = [self._keys.lease, self._keys.head, self._keys.events]
-        args = [token, head.version, head.manifest_digest, *_pairs(head)]
+        args: list[str | int] = [token, head.version, head.manifest_digest, *_pairs(head)]
         done, answer = await self.script("announce", keys, args)
         if not done and answer == "lease":
             raise LeaseError(
                 f"the lease on run {self._keys.run!r} is gone; version {head.version} is not announced"
             )
         if not done:
-            raise CoordinationError(
+            raise LeaseError(
                 f"version {head.version} cannot follow version {answer}, which is announced"
             )
 
