@@ -8,6 +8,7 @@ SpokeError
 │   └── TreeTooLargeError  it is more than the reader takes
 ├── EngineError            the engine failed, or is dead
 ├── WeightsError           bytes of a version are missing, damaged or do not fit the model
+│   └── NeedsFullError     changed elements alone are of no use to the engine: it takes a full set
 └── CoordinationError      Redis is away, or refused
     ├── LeaseError         another trainer holds the run, or our lease is gone
     └── FleetError         too few live servers, or they did not follow in time
@@ -67,6 +68,10 @@ class EngineError(SpokeError):
 
 class WeightsError(SpokeError):
     """Weights that are missing, damaged, or do not fit the model; the old ones stay in place."""
+
+
+class NeedsFullError(WeightsError):
+    """A patch for an engine that holds other weights than the patch's base, or that takes full sets only."""
 
 
 class CoordinationError(SpokeError):
