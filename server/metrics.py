@@ -54,8 +54,8 @@ class Metrics:
         )
         self.update_s = seconds(
             "weight_update_seconds",
-            "Phases of a weight update: fetch (files), decode (and verify), pause (no token sampled), apply (of "
-            "the pause).",
+            "Phases of a weight update: fetch (files), decode (and verify), stage (read by the engine), pause (no "
+            "token sampled), apply (of the pause).",
             ["phase"],
         )
 

@@ -25,6 +25,8 @@ class Update:
     """Until every file was on this disk, its SHA-256 compared."""
     decode_s: float
     """From those files to what the engine reads, every tensor's SHA-256 compared."""
+    stage_s: float
+    """The engine's reading and checking of these, while it samples."""
     pause_s: float
     """How long no token was sampled."""
     apply_s: float
@@ -35,6 +37,7 @@ class Update:
         return {
             "fetch": self.fetch_s,
             "decode": self.decode_s,
+            "stage": self.stage_s,
             "pause": self.pause_s,
             "apply": self.apply_s,
         }

@@ -23,7 +23,7 @@ from server.status import Status, Update
 from server.threads import in_daemon_thread
 from shared.chain import Chain, write_full, write_patch
 from shared.digests import file_sha256
-from shared.errors import RoomError, SpokeError, WeightsError
+from shared.errors import SpokeError, WeightsError
 from shared.fleet import Head
 from shared.manifest import FileEntry
 
@@ -118,6 +118,7 @@ class Taker:
                 encoding="full" if weights.base_digest is None else "patch",
                 fetch_s=fetched - started,
                 decode_s=decode_s,
+                stage_s=report.stage_s,
                 pause_s=report.pause_s,
                 apply_s=report.apply_s,
             )
@@ -178,13 +179,12 @@ class Taker:
             async with asyncio.timeout(TAKE_S):
                 return await in_daemon_thread(decode, chain, work)
         except WeightsError as error:
-            if not isinstance(error, RoomError):
-                await self._doubt(chain)
+            await self._doubt(chain, error)
             raise
 
     def _patch(self, chain: Chain, work: Path) -> Weights | None:
         """What changed since the weights in the engine; None where the chain does not know those."""
-        base = self.status.weights_digest
+        base = self.engine.digest
         if not base:
             return None
         folder = work / "patch"
@@ -200,16 +200,17 @@ class Taker:
             base_digest=base,
         )
 
-    async def _doubt(self, chain: Chain) -> None:
+    async def _doubt(self, chain: Chain, error: WeightsError) -> None:
         """Forget the files that went bad on this disk; where none did, all of them, once."""
         bad = await in_daemon_thread(_bad, chain)
         version = chain.manifest.version
         if not bad:
-            if self._doubted == version:
-                return  # fetched again already: the published bytes are wrong, the next version may be right
+            no_room = isinstance(error.__cause__, OSError)
+            if no_room or self._doubted == version:
+                return  # the same files would come again: the published bytes are wrong, the next version may be right
             self._doubted = version
             bad = [held.manifest.version for held in (chain.anchor, *chain.deltas)]
-        log.warning("version %d: the files of versions %s are fetched again", version, bad)
+        log.warning("version %d: %s; versions %s are fetched again", version, error, bad)
         for one in bad:
             await in_daemon_thread(self.holdings.forget, one)
 
@@ -218,8 +219,8 @@ class Taker:
         for phase, seconds in update.phases().items():
             self.metrics.update_s.labels(phase).observe(seconds)
         log.info(
-            "version %d (%s): fetched in %.0f ms, decoded and verified in %.0f ms, paused %.0f ms, of these "
-            "applied in %.0f ms",
+            "version %d (%s): fetched in %.0f ms, decoded and verified in %.0f ms, staged in %.0f ms, paused "
+            "%.0f ms, of these applied in %.0f ms",
             update.version,
             update.encoding,
             *(1e3 * seconds for seconds in update.phases().values()),

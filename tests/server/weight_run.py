@@ -1,4 +1,4 @@
-"""A run whose weights change a little at each version, on a real store and a real Redis; and an engine to follow it.
+"""A run whose weights change a little at each version, on a real store and a real Redis; and an engine of it.
 
 The engine is a fake: it keeps arrays instead of a model, and fails when it is told to.
 """
@@ -68,18 +68,27 @@ class Run:
         """Take the run, also after Redis has lost it."""
         self._token = await self.coordinator.acquire_lease("test")
 
-    async def publish(
+    async def publish(self, count: int = 1, **how: Any) -> Head:
+        """Store the next versions and announce the last of them."""
+        head = await self.make(count, **how)
+        await self.announce(head)
+        return head
+
+    async def make(
         self, count: int = 1, *, anchor: bool = False, max_staleness: int | None = 1
     ) -> Head:
-        """Store the next versions, a few elements changed in each, and announce the last of them."""
+        """Store the next versions, a few elements changed in each; nobody hears of them yet."""
         for _ in range(count):
             self.version += 1
             head = await asyncio.to_thread(self._store, anchor, max_staleness)
+        return head
+
+    async def announce(self, head: Head) -> None:
+        """Make it the run's head."""
         if self._token is None:
             await self.lease()
         assert self._token is not None
         await self.coordinator.announce(self._token, head)
-        return head
 
     def _store(self, anchor: bool, max_staleness: int | None) -> Head:
         random = torch.Generator().manual_seed(self.version)
@@ -142,7 +151,7 @@ class FakeEngine:
                 flat = self.tensors[name].view(-1)
                 flat[tensors[f"{name}.indices"].long()] = tensors[f"{name}.values"]
         self.version, self.digest = weights.version, weights.digest
-        return ApplyReport(pause_s=0.002, apply_s=0.001)
+        return ApplyReport(stage_s=0.004, pause_s=0.002, apply_s=0.001)
 
     async def live_digests(self, dtype: str) -> dict[str, str]:
         return digests(self.tensors)
