@@ -65,12 +65,7 @@ def parser() -> argparse.ArgumentParser:
         default=None,
         help="weight store, where its URL here is not the one that is announced",
     )
-    add(
-        "--weights-dir",
-        type=Path,
-        default=None,
-        help="keeps fetched weight versions, over restarts too; one server each (default: a temporary folder)",
-    )
+    _add_weights(add)
     add("--advertise-url", default=None, help="how trainers reach this server")
     add(
         "--served-model-name",
@@ -81,6 +76,25 @@ def parser() -> argparse.ArgumentParser:
     _add_rewards(add)
     _add_load(add)
     return parse
+
+
+def _add_weights(add: Callable[..., object]) -> None:
+    """How a run's weights are followed."""
+    add(
+        "--weights-dir",
+        type=Path,
+        default=None,
+        help="folder for fetched versions, used again after a restart; default: one that goes with the process",
+    )
+    add(
+        "--redis-wait", type=float, default=60.0, help="seconds that Redis may be away at the start"
+    )
+    add(
+        "--max-lag",
+        type=int,
+        default=None,
+        help="most versions that this server may be behind and serve; default: what the trainer announces",
+    )
 
 
 def _add_rewards(add: Callable[..., object]) -> None:
@@ -202,6 +216,8 @@ def settings(arguments: Sequence[str] | None) -> "ServerSettings":
         store=args.store,
         store_token=token,
         weights_dir=args.weights_dir,
+        redis_wait_s=args.redis_wait,
+        max_lag=args.max_lag,
         advertise_url=args.advertise_url,
         served_model_name=args.served_model_name,
         rewards=tuple(rewards),

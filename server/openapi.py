@@ -74,7 +74,7 @@ _DETAILS: dict[int, tuple[str, str | None]] = {
     422: ("plan.branch_factors.0: Input should be greater than or equal to 1", "plan.branch_factors.0"),
     429: ("this server is full; try again after the seconds that Retry-After names", None),
     500: ("an unexpected error; the server's log has the traceback", None),
-    503: ("this server is loading", None),
+    503: ("this server is stale: it holds version 3, the run is at 7, at most 1 behind may serve", None),
 }  # fmt: skip
 _HEADERS: dict[int, dict[str, str]] = {
     401: {"WWW-Authenticate": "Bearer"},

@@ -149,8 +149,8 @@ async def _answers(process: subprocess.Popen[bytes], at: Address, log_file: Path
     async with httpx.AsyncClient(timeout=START_S, trust_env=False) as client:
         while True:
             with contextlib.suppress(httpx.TransportError):
-                if (await client.get(url)).status_code == 200:
-                    return
+                if (await client.get(url)).text.strip() == str(process.pid):
+                    return  # not somebody else's answer
             if process.poll() is not None or time.monotonic() > until:
                 raise ConfigError(
                     f"fleet.serve_at: the file server does not start: {_last_line(log_file)}"

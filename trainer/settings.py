@@ -229,6 +229,9 @@ class FleetSettings(Settings):
     wait_s: float = Field(default=300.0, gt=0.0)
     """Bound of a wait for servers or for a version."""
     keep_versions: int = Field(default=3, ge=1)
+    """Newest versions that stay in the store whatever the servers hold."""
+    anchor_every: int = Field(default=10, ge=1)
+    """Versions from one full copy to the next; those between are deltas where these are smaller."""
 
     @field_serializer("redis_url")
     def _without_password(self, url: str | None) -> str | None:
