@@ -121,7 +121,7 @@ class Holdings:
         version = manifest.version
         held = self._held.get(version)
         if held is not None and held.manifest.digest != manifest.digest:
-            self._drop(version)
+            self.forget(version)
         folder = self.folder_of(version)
         try:
             folder.mkdir(exist_ok=True)
@@ -198,10 +198,10 @@ class Holdings:
         for path in list(self._root.iterdir()):
             number = version_of(path.name)
             if number is not None and number < floor:
-                self._drop(number)
+                self.forget(number)
 
-    def _drop(self, version: int) -> None:
-        """Delete a version, its manifest first."""
+    def forget(self, version: int) -> None:
+        """Delete a version's files, so that they are fetched again: its manifest first."""
         with self._changing:
             self._held = {v: held for v, held in self._held.items() if v != version}
             folder = self.folder_of(version)
