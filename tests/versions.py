@@ -31,6 +31,7 @@ class Versions:
         shards: bytes of each shard of an anchor.
         delta: bytes of a delta.
         branch: tells runs of the same numbers and other bytes apart.
+        run: its name; one of its own where Redis is shared with other tests.
     """
 
     def __init__(
@@ -40,16 +41,18 @@ class Versions:
         shards: tuple[int, ...] = (300_000, 200_000),
         delta: int = 20_000,
         branch: str = "",
+        run: str = RUN,
     ) -> None:
         self.root = folder / "store"
         self.made = folder / "made"
-        self.store = FsspecStore(f"file://{self.root}", RUN)
+        self.store = FsspecStore(f"file://{self.root}", run)
+        self.run = run
         self._shards, self._delta, self._branch = shards, delta, branch
         self.manifests: list[Manifest] = []
 
     def folder(self, version: int) -> Path:
         """Of a version in the store."""
-        return self.root / RUN / f"v{version:06d}"
+        return self.root / self.run / f"v{version:06d}"
 
     def publish(self, *, anchor: bool = False) -> Head:
         """The next version."""
@@ -72,7 +75,7 @@ class Versions:
                 base_version=before.version, base_digest=before.weights_digest, files=(changed,)
             )
         manifest = Manifest(
-            run=RUN,
+            run=self.run,
             version=version,
             dtype="float32",
             tensors=(tensor,),

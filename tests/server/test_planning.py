@@ -1,7 +1,7 @@
 """Which files are fetched: the fewest bytes that lead from what is held to the version wanted.
 
-The naive twin tries every anchor and every held version, and knows all manifests. Further back than both the newest
-anchor and all that is held neither looks: manifests have bytes too, and anchors are about as large as one another.
+The naive twin tries every anchor and every held version, and knows all manifests. Further back than both the
+newest anchor and all that is held neither looks: manifests have bytes too, and anchors are about equally large.
 """
 
 from pathlib import Path
