@@ -58,23 +58,27 @@ async def peer(
     sent = Counter("sent", "Bytes.", registry=registry)
     holdings = Holdings(folder, run)
     coordinator = RedisCoordinator(redis_url, run)
-    app = FastAPI()
-    add_error_handlers(app)
-    add_weights_routes(app, lambda: holdings, sent)
-    async with on_a_socket(app) as port:
-        url = f"http://127.0.0.1:{port}"
-        fetcher = Fetcher(
-            holdings=holdings,
-            coordinator=coordinator,
-            open_store=lambda store_url: open_store(store_url, run, token=token),
-            store_url=None,
-            url=url,
-            peers=peers,
-            patience_s=patience_s,
-        )
-        yield Peer(url=url, holdings=holdings, fetcher=fetcher, coordinator=coordinator, sent=sent)
-    await coordinator.close()
-    holdings.close()
+    try:
+        app = FastAPI()
+        add_error_handlers(app)
+        add_weights_routes(app, lambda: holdings, sent)
+        async with on_a_socket(app) as port:
+            url = f"http://127.0.0.1:{port}"
+            fetcher = Fetcher(
+                holdings=holdings,
+                coordinator=coordinator,
+                open_store=lambda store_url: open_store(store_url, run, token=token),
+                store_url=None,
+                url=url,
+                peers=peers,
+                patience_s=patience_s,
+            )
+            yield Peer(
+                url=url, holdings=holdings, fetcher=fetcher, coordinator=coordinator, sent=sent
+            )
+    finally:
+        await coordinator.close()
+        holdings.close()
 
 
 @contextlib.contextmanager
