@@ -1,10 +1,10 @@
 """A server that follows a run, on a real Redis and store: it serves nothing stale, nothing mixed, and comes back.
 
 1. It takes the newest version at once, however many it missed; a late joiner comes by anchor and deltas.
-2. What fails (bytes, manifest, engine) leaves the old weights serving and is in the fleet table; then it is tried again.
+2. What fails (bytes, manifest, engine) leaves the old weights serving, is in the fleet table, and is tried again.
 3. Behind the bound it is stale at once, and back when it has caught up.
 4. Late, repeated and lower heads change nothing; a Redis that lost its head is given it again.
-5. What went bad on its own disk is fetched again. An anchor that came by its shortcut is made whole from what is here.
+5. What went bad on its own disk is fetched again. An anchor that came by its shortcut is made whole on the spot.
 """
 
 import asyncio
@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import redis.asyncio
 from support import RedisProcess, running_redis
-from weight_run import TIMEOUT, FakeEngine, Run, digests, service_of
 
 from server.app import Holder
 from server.engines.settings import EngineSettings
@@ -28,6 +27,7 @@ from server.status import Status
 from shared.coordination import RedisCoordinator
 from shared.errors import BusyError, CoordinationError, EngineError, WeightsError
 from shared.fleet import ServerState
+from tests.server.weight_run import TIMEOUT, FakeEngine, Run, digests, service_of
 
 
 @pytest.fixture(autouse=True)
