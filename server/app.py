@@ -31,6 +31,7 @@ from server.sending import SendLimit
 from server.service import RolloutService
 from server.status import Status
 from server.streaming import node_stream
+from server.weights_routes import add_weights_routes
 from shared.codec import MediaType, choose
 from shared.errors import BusyError, RequestError
 from shared.wire import RolloutTreeRequest, RolloutTreeResponse
@@ -54,6 +55,8 @@ class Holder:
         self.pulse = Pulse(liveness_s)
         self.metrics = Metrics()
         self.service: RolloutService | None = None
+        self.holdings: Holdings | None = None
+        """Weight versions on this server's disk, for its peers; None where it follows no run, or not yet."""
         self.openai: ASGIApp | None = None
         """The engine's OpenAI routes; None where it has none."""
         self.holdings: Holdings | None = None
@@ -175,6 +178,7 @@ def _add_routes(app: FastAPI, holder: Holder, limits: Limits) -> None:
         assert holder.live is not None, "the service is watched before it serves"
         return await while_connected(request, holder.live.weights())
 
+    add_weights_routes(app, lambda: holder.holdings, holder.metrics.sent_weights)
     _add_openai(app, holder, service)
 
 

@@ -44,7 +44,9 @@ async def open_follower(
     fetcher = Fetcher(
         holdings=holdings,
         coordinator=coordinator,
-        open_store=lambda store_url: open_store(store_url, settings.run),
+        open_store=lambda store_url: open_store(
+            store_url, settings.run, token=settings.store_token
+        ),
         store_url=settings.store,
         url=url,
     )

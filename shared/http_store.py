@@ -2,8 +2,8 @@
 
     GET {url}/{run}/v000042/manifest.json        GET {url}/{run}/v000042/NAME, with Range where a part is there
 
-No answer is trusted: manifests and files are bounded in bytes and in time, and SHA-256 decides. That is also why no
-`If-Range` is sent: a version's files never change, and where one did, its bytes are refused.
+No answer is trusted: manifests and files are bounded in bytes and in time, and SHA-256 decides. That is also why
+no `If-Range` is sent: a version's files never change, and where one did, its bytes are refused.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from shared.manifest import FileEntry, Manifest, check_run_name
 from shared.receiving import StoppedError, receive, receive_all
 from shared.retry_after import retry_after_s
 from shared.store import MANIFEST, MANIFEST_BYTES, version_folder
-from shared.store_url import VARIABLE, check_http, check_token
+from shared.store_url import VARIABLE, check_http
 
 CONNECT_S = 5.0
 """Bound of a connection's making."""
@@ -57,7 +57,7 @@ class HttpStore:
         tries: of each file and manifest; each goes on where the one before ended.
 
     Raises:
-        ConfigError: the URL, the run or the token cannot be used.
+        ConfigError: the URL or the run cannot be used.
     """
 
     def __init__(
@@ -76,7 +76,6 @@ class HttpStore:
             raise ConfigError(f"weight store {self.url!r}: {error}") from None
         self._run = run
         self._tries = tries
-        token = check_token(token)
         headers = {"Accept-Encoding": "identity"}  # sizes and hashes are of the bytes as they are
         if token is not None:
             headers["Authorization"] = f"Bearer {token}"

@@ -1,4 +1,4 @@
-"""A file of a version comes in: gone on with where it stopped, bounded, and in its place only once its bytes are right.
+"""A file of a version comes in: gone on with where it stopped, bounded, in its place once its bytes are right.
 
 NAME.part while it comes, NAME when size and SHA-256 are those of its manifest
 """
