@@ -200,6 +200,10 @@ class Holdings:
             if number is not None and number < floor:
                 self._drop(number)
 
+    def forget(self, version: int) -> None:
+        """Delete a version, so that it is fetched again: its bytes turned out to be wrong."""
+        self._drop(version)
+
     def _drop(self, version: int) -> None:
         """Delete a version, its manifest first."""
         with self._changing:
