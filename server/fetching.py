@@ -52,6 +52,8 @@ class Fetcher:
     url: str
     peers: bool = True
     patience_s: float = 30.0
+    count: Callable[[str, int], None] = lambda source, size: None
+    """Is told of bytes that came from the `store` or a `peer`."""
     _bad: dict[int, set[str]] = field(default_factory=dict)
     """URLs that failed for a version: not asked again for it."""
 
@@ -103,6 +105,7 @@ class Fetcher:
                 origin=self.store_url or head.store,
                 bad=self._bad,
                 stop=stop,
+                count=self.count,
             )
         finally:
             stop.set()  # a thread that is left behind ends soon
@@ -120,6 +123,7 @@ class _Session:
     origin: str
     bad: dict[int, set[str]]
     stop: threading.Event
+    count: Callable[[str, int], None]
 
     async def head(self) -> Manifest:
         """The head's manifest."""
@@ -183,7 +187,9 @@ class _Session:
             if source is None:
                 raise failed or WeightsError(f"version {version}: nobody has it")
             try:
-                return await self._ask(self.origin if source.is_store else source.url + PATH, read)
+                found = await self._ask(self.origin if source.is_store else source.url + PATH, read)
+                self.count("store" if source.is_store else "peer", size)
+                return found
             except RoomError:
                 raise
             except WeightsError as error:

@@ -49,6 +49,7 @@ async def open_follower(
         ),
         store_url=settings.store,
         url=url,
+        count=lambda source, size: holder.metrics.fetched.labels(source).inc(size),
     )
     taker = Taker(
         fetcher=fetcher,

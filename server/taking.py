@@ -207,7 +207,7 @@ class Taker:
         if not bad:
             no_room = isinstance(error.__cause__, OSError)
             if no_room or self._doubted == version:
-                return  # the same files would come again: the published bytes are wrong, the next version may be right
+                return  # the same files would come again: the next version may be right
             self._doubted = version
             bad = [held.manifest.version for held in (chain.anchor, *chain.deltas)]
         log.warning("version %d: %s; versions %s are fetched again", version, error, bad)

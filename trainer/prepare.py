@@ -127,5 +127,4 @@ async def connect(
             wait_s=fleet_settings.wait_s,
             status=status,
         )
-        stack.push_async_callback(publisher.close)
         yield coordinator, publisher, fleet

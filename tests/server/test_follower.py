@@ -1,10 +1,10 @@
 """A server that follows a run, on a real Redis and store: it serves nothing stale, nothing mixed, and comes back.
 
 1. It takes the newest version at once, however many it missed; a late joiner comes by anchor and deltas.
-2. What fails (bytes, manifest, engine) leaves the old weights serving and is in the fleet table; then it is tried again.
+2. What fails (bytes, manifest, engine) leaves the old weights serving, is in the fleet table, and is tried again.
 3. Behind the bound it is stale at once, and back when it has caught up.
 4. Late, repeated and lower heads change nothing; a Redis that lost its head is given it again.
-5. What went bad on its own disk is fetched again. An anchor that came by its shortcut is made whole from what is here.
+5. What went bad on its own disk is fetched again. An anchor that came by its shortcut is made whole on the spot.
 """
 
 import asyncio
@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 import redis.asyncio
 from support import RedisProcess, running_redis
-from weight_run import TIMEOUT, FakeEngine, Run, digests, service_of
 
 from server.app import Holder
 from server.engines.settings import EngineSettings
@@ -25,9 +24,11 @@ from server.holdings import Holdings
 from server.settings import ServerSettings
 from server.states import CaughtUp
 from server.status import Status
+from server.waiting import patiently
 from shared.coordination import RedisCoordinator
 from shared.errors import BusyError, CoordinationError, EngineError, WeightsError
 from shared.fleet import ServerState
+from tests.server.weight_run import TIMEOUT, FakeEngine, Run, digests, service_of
 
 
 @pytest.fixture(autouse=True)
@@ -84,12 +85,14 @@ class Member:
 
     async def _ended(self, task: asyncio.Task[None]) -> None:
         task.cancel()
-        await asyncio.wait({task})
+        await asyncio.wait({task}, timeout=TIMEOUT)
         assert task.cancelled(), task.exception()  # a follower that died is a failure of the test
 
     async def holds(self, version: int) -> None:
         """Wait until the fleet table says so, and compare every live tensor."""
-        await self.run.record(lambda r: r.version == version and r.last_error is None)
+        await self.run.record(
+            lambda r: bool(r.digest) and (r.version, r.last_error) == (version, None)
+        )
         assert (self.engine.version, self.status.standing.version) == (version, version)
         assert digests(self.engine.tensors) == self.run.digests[version]
 
@@ -271,14 +274,17 @@ async def test_a_redis_that_restarts_empty_gets_everything_back(
         assert member.status.state.serves
         own_redis.start()
         await member.holds(1)
-        assert await run.coordinator.head() == head
+        async with asyncio.timeout(TIMEOUT):
+            while (restored := await run.coordinator.head()) is None:
+                await asyncio.sleep(0.01)
+        assert restored == head
         await run.lease()
         await run.publish()
         await member.holds(2)
 
 
-async def test_a_redis_that_is_away_at_the_start_is_waited_for(
-    own_redis: RedisProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_a_redis_that_is_away_at_the_start_is_waited_for_and_not_for_ever(
+    own_redis: RedisProcess, tmp_path: Path
 ) -> None:
     run = Run(tmp_path, own_redis.url)
     async with contextlib.AsyncExitStack() as stack:
@@ -290,6 +296,9 @@ async def test_a_redis_that_is_away_at_the_start_is_waited_for(
             CoordinationError, match=r"does not answer.*waited 1 s \(--redis-wait\)"
         ):
             await member.start()
+        waiting = asyncio.create_task(patiently(run.coordinator.head, TIMEOUT))
+        own_redis.start()
+        assert await waiting is None
 
 
 async def test_what_went_bad_on_its_own_disk_is_fetched_again(run: Run, member: Member) -> None:
