@@ -8,7 +8,8 @@ SpokeError
 │   └── TreeTooLargeError  it is more than the reader takes
 ├── EngineError            the engine failed, or is dead
 ├── WeightsError           bytes of a version are missing, damaged or do not fit the model
-│   └── RoomError          the disk has no room for them
+│   ├── RoomError          the disk has no room for them
+│   └── NeedsFullError     changed elements alone are of no use to the engine: it takes a full set
 └── CoordinationError      Redis is away, or refused
     ├── LeaseError         our lease on the run is gone, or another trainer has trained it
     │   └── LeaseHeldError another trainer holds the run
@@ -73,6 +74,10 @@ class WeightsError(SpokeError):
 
 class RoomError(WeightsError):
     """The disk has no room for a version's bytes: another source would not help."""
+
+
+class NeedsFullError(WeightsError):
+    """A patch for an engine that holds other weights than the patch's base, or that takes full sets only."""
 
 
 class CoordinationError(SpokeError):

@@ -2,8 +2,8 @@
 
     GET {url}/{run}/v000042/manifest.json        GET {url}/{run}/v000042/NAME, with Range where a part is there
 
-No answer is trusted: manifests and files are bounded in bytes and in time, and SHA-256 decides. That is also why no
-`If-Range` is sent: a version's files never change, and where one did, its bytes are refused.
+No answer is trusted: manifests and files are bounded in bytes and in time, and SHA-256 decides. That is also why
+no `If-Range` is sent: a version's files never change, and where one did, its bytes are refused.
 """
 
 import contextlib
@@ -19,10 +19,10 @@ import httpx
 
 from shared.errors import ConfigError, RoomError, WeightsError
 from shared.manifest import FileEntry, Manifest, check_run_name
-from shared.receiving import StoppedError, receive, receive_all
+from shared.receiving import Stop, StoppedError, receive, receive_all
 from shared.retry_after import retry_after_s
 from shared.store import MANIFEST, MANIFEST_BYTES, version_folder
-from shared.store_url import VARIABLE, check_http, check_token
+from shared.store_url import VARIABLE, check_http
 
 CONNECT_S = 5.0
 """Bound of a connection's making."""
@@ -57,7 +57,7 @@ class HttpStore:
         tries: of each file and manifest; each goes on where the one before ended.
 
     Raises:
-        ConfigError: the URL, the run or the token cannot be used.
+        ConfigError: the URL or the run cannot be used.
     """
 
     def __init__(
@@ -76,7 +76,6 @@ class HttpStore:
             raise ConfigError(f"weight store {self.url!r}: {error}") from None
         self._run = run
         self._tries = tries
-        token = check_token(token)
         headers = {"Accept-Encoding": "identity"}  # sizes and hashes are of the bytes as they are
         if token is not None:
             headers["Authorization"] = f"Bearer {token}"
@@ -102,7 +101,7 @@ class HttpStore:
             return bytes(data)
 
         try:
-            data = self._with_tries(read, threading.Event())
+            data = self._with_tries(read, Stop(None))
         except WeightsError as error:
             raise WeightsError(
                 f"version {version} of run {self._run} has no readable manifest at {self.url}: {error}"
@@ -118,7 +117,7 @@ class HttpStore:
         stop: threading.Event | None = None,
     ) -> tuple[Path, ...]:
         """See `WeightReader.fetch`."""
-        version, ended = manifest.version, stop or threading.Event()
+        version, ended = manifest.version, Stop(stop)
 
         def opened(
             entry: FileEntry, offset: int
@@ -137,7 +136,7 @@ class HttpStore:
 
         return receive_all(manifest.files if files is None else files, one, ended)
 
-    def _with_tries(self, call: Callable[[], T], stop: threading.Event) -> T:
+    def _with_tries(self, call: Callable[[], T], stop: Stop) -> T:
         """The result of a call that is tried again where that may help."""
         for left in reversed(range(self._tries)):
             try:
@@ -192,9 +191,7 @@ def _start(response: httpx.Response, offset: int) -> int:
     detail = f"it was answered with status {status}"
     if status in _AGAIN:
         headers = response.headers
-        asked = retry_after_s(
-            headers.get("Retry-After"), now=time.time(), date=headers.get("Date")
-        )
+        asked = retry_after_s(headers.get("Retry-After"), now=time.time(), date=headers.get("Date"))
         raise _AgainError(detail, asked)
     raise WeightsError(detail)
 

@@ -14,6 +14,6 @@ def open_store(url: str, run: str, *, token: str | None = None) -> WeightReader:
         token: bearer token, for HTTP alone.
 
     Raises:
-        ConfigError: the URL, the run or the token cannot be used.
+        ConfigError: the URL or the run cannot be used.
     """
     return HttpStore(url, run, token=token) if is_http(url) else FsspecStore(url, run)

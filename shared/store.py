@@ -17,7 +17,7 @@ import fsspec
 from shared.digests import sha256_of
 from shared.errors import ConfigError, RoomError, WeightsError
 from shared.manifest import FileEntry, Manifest, check_run_name
-from shared.receiving import FULL, PIECE, Opener, receive, receive_all
+from shared.receiving import FULL, PIECE, Opener, Stop, receive, receive_all
 from shared.store_url import is_http, shown
 
 MANIFEST = "manifest.json"
@@ -143,6 +143,8 @@ class FsspecStore:
     """
 
     def __init__(self, url: str, run: str) -> None:
+        self.given = url
+        """As it was given, for those who open it themselves; `url` is for people."""
         self.url = shown(url)
         if is_http(url):
             raise ConfigError(
@@ -158,6 +160,11 @@ class FsspecStore:
         protocol = self._fs.protocol
         self._protocols = {protocol} if isinstance(protocol, str) else set(protocol)
         self._local = bool(self._protocols & _LOCAL)
+
+    @property
+    def folder(self) -> Path | None:
+        """The store's root as a folder of this machine; None where it is none."""
+        return Path(self._root).parent if self._local else None
 
     def close(self) -> None:
         """See `WeightReader.close`; fsspec keeps its own connections."""
@@ -281,7 +288,7 @@ class FsspecStore:
         stop: threading.Event | None = None,
     ) -> tuple[Path, ...]:
         """See `WeightReader.fetch`."""
-        version, ended = manifest.version, stop or threading.Event()
+        version, ended = manifest.version, Stop(stop)
 
         def one(entry: FileEntry) -> Path:
             try:

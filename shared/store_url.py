@@ -1,11 +1,17 @@
 """A weight store's URL: which kind it is, how it is shown, and the token of those that ask for one."""
 
+import re
+from collections.abc import Mapping
 from urllib.parse import urlsplit
 
 from shared.errors import ConfigError
 
 VARIABLE = "SPOKE_STORE_TOKEN"
 """Holds the bearer token of HTTP stores and of servers that hand weights to one another."""
+
+SHORTEST = 16
+"""Characters of a token: fewer can be guessed."""
+_TOKEN = re.compile(r"[A-Za-z0-9\-._~+/]+=*")  # RFC 6750's b64token
 
 
 def is_http(url: str) -> bool:
@@ -51,12 +57,22 @@ def check_http(url: str) -> str:
     return url.rstrip("/")
 
 
-def check_token(token: str | None) -> str | None:
-    """A token as it can stand in a header; empty counts as none.
+def store_token(environment: Mapping[str, str]) -> str | None:
+    """The token of `VARIABLE`; empty counts as none.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: it is too short, or cannot stand in a header.
     """
-    if token and not (token.isascii() and token.isprintable() and " " not in token):
-        raise ConfigError(f"{VARIABLE}: a token is made of letters, digits and -._~+/=")
-    return token or None
+    token = environment.get(VARIABLE, "").strip()
+    if not token:
+        return None
+    if len(token) < SHORTEST:
+        raise ConfigError(
+            f"{VARIABLE}: the token has {len(token)} characters, fewer than {SHORTEST}; "
+            "make one with `openssl rand -hex 32`"
+        )
+    if _TOKEN.fullmatch(token) is None:
+        raise ConfigError(
+            f"{VARIABLE}: a token is made of letters, digits and -._~+/ alone (RFC 6750)"
+        )
+    return token

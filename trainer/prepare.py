@@ -19,6 +19,7 @@ from trainer.lease import hold
 from trainer.optimizer import PolicyOptimizer
 from trainer.policy import DTYPES, load_policy, recompute_activations
 from trainer.publish import Publisher
+from trainer.serving import announced
 from trainer.settings import KLEstimator
 from trainer.update import Learner
 
@@ -107,6 +108,7 @@ async def connect(
         lease = await stack.enter_async_context(
             hold(coordinator, lambda: max(store.versions(), default=-1), settings.run, status)
         )
+        store_url = await stack.enter_async_context(announced(fleet_settings, store, folder))
         fleet = Fleet(
             registered(coordinator),
             concurrency=settings.rollout.concurrency,
@@ -115,7 +117,7 @@ async def connect(
         stack.push_async_callback(fleet.close)
         publisher = Publisher(
             store=store,
-            store_url=url,
+            store_url=store_url,
             coordinator=coordinator,
             lease=lease,
             run=settings.run,

@@ -219,6 +219,10 @@ class FleetSettings(Settings):
     """May carry a password, which no run folder gets; `SPOKE_REDIS_URL` goes before it."""
     store: str | None = None
     """Weight store, any fsspec URL; None is `weights` in the run folder, for servers on this machine."""
+    serve_at: str | None = None
+    """`HOST:PORT`: serve the store, which is a folder here, over HTTP; `SPOKE_STORE_TOKEN` is asked for."""
+    advertise_store: str | None = None
+    """URL of the store as servers reach it; None is `http://HOST:PORT` of `serve_at`, else `store`."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of the published weights."""
     min_servers: int = Field(default=1, ge=1)
