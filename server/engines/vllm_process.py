@@ -10,6 +10,9 @@ from shared.errors import EngineError, RequestError, SpokeError
 
 T = TypeVar("T")
 
+KILLED_SECONDS = 10.0
+"""How long a process that was killed may take to be gone."""
+
 
 class VllmProcess:
     """One vLLM, from its start to its end.
@@ -81,7 +84,7 @@ class VllmProcess:
         if llm.output_handler is not None:
             llm.output_handler.cancel()  # which ends what still waits for an answer
         context = llm.engine_core.resources.ctx
-        await asyncio.to_thread(llm.shutdown)
+        await asyncio.to_thread(_shut_down, llm)
         await asyncio.sleep(0)  # the closing of its sockets was put on this loop
         context.destroy(linger=0)  # ZeroMQ's threads, which vLLM leaves
 
@@ -93,6 +96,13 @@ class VllmProcess:
 
     def _end(self) -> EngineError:
         return self._fault.result() if self._fault.done() else EngineError("vLLM's process is gone")
+
+
+def _shut_down(llm: AsyncLLM) -> None:
+    manager = llm.engine_core.resources.engine_manager
+    llm.shutdown()
+    for process in manager.processes if manager else ():
+        process.join(KILLED_SECONDS)  # vLLM kills one that takes longer than 5 s, and does not wait for its end
 
 
 @contextlib.contextmanager
