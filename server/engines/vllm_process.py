@@ -102,7 +102,9 @@ def _shut_down(llm: AsyncLLM) -> None:
     manager = llm.engine_core.resources.engine_manager
     llm.shutdown()
     for process in manager.processes if manager else ():
-        process.join(KILLED_SECONDS)  # vLLM kills one that takes longer than 5 s, and does not wait for its end
+        process.join(
+            KILLED_SECONDS
+        )  # vLLM kills one that takes longer than 5 s, and does not wait for its end
 
 
 @contextlib.contextmanager

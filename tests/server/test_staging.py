@@ -22,6 +22,7 @@ from server.engines.staging import (
 )
 from shared.errors import WeightsError
 from shared.shards import tensor_entries
+from tests.contract.plain import Broken
 
 Tensors = dict[str, torch.Tensor]
 
@@ -128,18 +129,6 @@ def test_a_large_tensor_is_exchanged_in_pieces(monkeypatch):
         assert change.exchanged > 2
         change.undo()
         assert not slot.any()
-
-
-class Broken:
-    """A change that fails half-way."""
-
-    nbytes = 0
-
-    def apply(self) -> None:
-        raise RuntimeError("out of luck")
-
-    def undo(self) -> None:
-        pass
 
 
 @pytest.mark.parametrize("at", [0, 1, 3])
