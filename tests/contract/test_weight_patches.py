@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from server.engines import batch
 from server.engines.base import Engine, Weights
-from shared.errors import NeedsFullError, WeightsError
+from shared.errors import EngineError, NeedsFullError, WeightsError
 from shared.shards import tensor_entries
 from tests.contract.conftest import open_engine, open_vllm
 from tests.contract.plain import TIMEOUT, Broken, ask, error, greedy, plain, run
@@ -254,6 +254,45 @@ async def test_a_patch_in_mid_request_mixes_nothing(
             exact = plain(models[version], start, completion.token_ids, 1.5)[part]
             ours = torch.tensor(completion.logprobs)[part]
             assert float((ours - exact).abs().max()) < TOLERANCE
+
+
+# --- vLLM's own loader -------------------------------------------------------------------------------------
+
+
+@pytest_asyncio.fixture(loop_scope="session")
+async def by_loader(vllm_engine: Engine) -> AsyncIterator[Engine]:
+    """vLLM, as if the model's slots had not been found."""
+
+    async def choose(path: str) -> None:
+        await vllm_engine._llm.collective_rpc("spoke_choose", args=(path,))
+        await vllm_engine._weights.prepare()
+
+    await choose("loader")
+    yield vllm_engine
+    await choose("slots")
+
+
+@pytest.mark.vllm
+async def test_a_model_without_slots_takes_full_sets_only(
+    by_loader: Engine, base: Set, full: Maker, patch: Any, tiny_math: Path, prompt: Any
+):
+    await by_loader.load_weights(base.weights)
+    (completion,) = (await run(by_loader, ask(prompt, max_tokens=30))).completions
+    assert error(base.model(tiny_math), ask(prompt), completion) < TOLERANCE
+    new = full(moved(base.tensors, 0.1, 1), 4)
+    with pytest.raises(NeedsFullError, match=r"version 4: .*full sets only"):
+        await by_loader.load_weights(patch(base, new))
+    with pytest.raises(EngineError, match="cannot be told apart by checkpoint names"):
+        await by_loader.live_digests("float32")
+    await by_loader._llm.collective_rpc("spoke_fail", args=(20,))
+    with pytest.raises(WeightsError, match="version 4: vLLM's loader failed and was undone"):
+        await by_loader.load_weights(new.weights)
+    (again,) = (await run(by_loader, ask(prompt, max_tokens=30))).completions
+    assert again.token_ids == completion.token_ids
+    assert again.versions == [(3, len(again.token_ids))]
+    await by_loader.load_weights(new.weights)
+    (completion,) = (await run(by_loader, ask(prompt, max_tokens=30))).completions
+    assert error(new.model(tiny_math), ask(prompt), completion) < TOLERANCE
 
 
 # --- bfloat16, untied --------------------------------------------------------------------------------------
