@@ -84,7 +84,9 @@ def test_a_stream_tells_of_given_nodes_too(server_url: str, whole: RolloutTreeRe
     assert told[:2] == ["0", "2"], "what is there already does not wait for what is not"
 
 
-def changed(nodes: dict[str, dict[str, Any]], key: str, **changes: Any) -> list[dict[str, Any]]:
+def changed(
+    nodes: dict[str, dict[str, Any]], key: str, changes: dict[str, Any]
+) -> list[dict[str, Any]]:
     """A node, with its parent before it."""
     parent = [nodes[key[:-2]]] if "." in key else []
     return [*parent, nodes[key] | changes]
@@ -135,7 +137,7 @@ def test_what_cannot_stand_in_the_tree_is_refused(
     field: str,
     says: str,
 ) -> None:
-    answer = post(server_url, BODY | {"given": changed(given_of(whole), key, **changes)})
+    answer = post(server_url, BODY | {"given": changed(given_of(whole), key, changes)})
     assert answer.status_code == 422
     assert (answer.json()["field"], says in answer.json()["detail"]) == (field, True), answer.text
 
@@ -143,7 +145,7 @@ def test_what_cannot_stand_in_the_tree_is_refused(
 def test_nothing_follows_a_response_that_has_ended(
     server_url: str, whole: RolloutTreeResponse
 ) -> None:
-    first, below = changed(given_of(whole), "0.0")
+    first, below = changed(given_of(whole), "0.0", {})
     answer = post(server_url, BODY | {"given": [first | {"finish_reason": "stop"}, below]})
     assert (answer.status_code, answer.json()["field"]) == (422, "given.1.key")
 
