@@ -224,6 +224,9 @@ class FleetSettings(Settings):
     min_servers: int = Field(default=1, ge=1)
     wait_s: float = Field(default=300.0, gt=0.0)
     """Bound of a wait for servers or for a version."""
+    keep_nodes: bool = True
+    """Take trees node by node, so that one whose server dies goes on at another with what has finished; off, it is
+    sampled anew there, and answers have about a fifth of the bytes."""
     keep_versions: int = Field(default=3, ge=1)
 
     @field_serializer("redis_url")
