@@ -107,11 +107,15 @@ async def _lines(
     sent: set[str],
     request_id: str | None,
 ) -> AsyncGenerator[str, None]:
-    """The lines: those that come until None does, and the end."""
+    """The lines: those that come until None does, and the end. What is there at one moment goes in one piece."""
     line = first
     while line is not None:
-        yield line
-        line = await lines.get()
+        piece = [line]
+        while not lines.empty() and (line := lines.get_nowait()) is not None:
+            piece.append(line)
+        yield "".join(piece)
+        if line is not None:
+            line = await lines.get()
     yield _end(tree, sent, request_id)
 
 
