@@ -7,8 +7,9 @@ an error's line. A reader that is slow holds up nobody: its lines wait, at most 
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 
+import zstandard
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
@@ -20,10 +21,11 @@ from server.connection import while_connected
 from server.details import for_caller
 from server.service import RolloutService, Teller
 from server.status import Status
-from shared.codec import MediaType
+from shared.codec import MediaType, wants_zstd
 from shared.errors import BusyError, RequestError, SpokeError
 from shared.stream import ErrorLine, RestartLine, dump, node_keys, node_line, tree_line
 from shared.wire import Problem, RolloutTreeRequest, RolloutTreeResponse
+from shared.zstd import LEVEL
 
 log = logging.getLogger("spoke.server")
 
@@ -66,7 +68,9 @@ async def node_stream(
         tree.cancel()
         await asyncio.gather(tree, return_exceptions=True)
         raise
-    return _TreeStream(service.status, tree, _lines(first, lines, tree, sent, body.request_id))
+    zstd = wants_zstd(", ".join(request.headers.getlist("accept-encoding")))
+    answer = _lines(first, lines, tree, sent, body.request_id)
+    return _TreeStream(service.status, tree, answer, zstd)
 
 
 class _TreeStream(StreamingResponse):
@@ -81,8 +85,13 @@ class _TreeStream(StreamingResponse):
         status: Status,
         tree: "asyncio.Future[RolloutTreeResponse]",
         lines: AsyncGenerator[str, None],
+        zstd: bool,
     ) -> None:
-        super().__init__(lines, media_type=MediaType.NDJSON, headers={"Vary": "Accept"})
+        headers = {"Vary": "Accept, Accept-Encoding"} | (
+            {"Content-Encoding": "zstd"} if zstd else {}
+        )
+        self._pieces = compressed(lines) if zstd else None
+        super().__init__(self._pieces or lines, media_type=MediaType.NDJSON, headers=headers)
         self._tree = tree
         self._lines = lines
         # From here on: between its handler's end and its first line no drain may think that nobody is answered.
@@ -97,7 +106,17 @@ class _TreeStream(StreamingResponse):
             finally:
                 self._tree.cancel()
                 await asyncio.gather(self._tree, return_exceptions=True)
+                if self._pieces is not None:
+                    await self._pieces.aclose()
                 await self._lines.aclose()
+
+
+async def compressed(pieces: AsyncIterator[str]) -> AsyncGenerator[bytes, None]:
+    """One zstd frame, of which every piece can be read as soon as it is there."""
+    frame = zstandard.ZstdCompressor(level=LEVEL).compressobj()
+    async for piece in pieces:
+        yield frame.compress(piece.encode()) + frame.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+    yield frame.flush()
 
 
 async def _lines(

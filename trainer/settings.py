@@ -226,7 +226,7 @@ class FleetSettings(Settings):
     """Bound of a wait for servers or for a version."""
     keep_nodes: bool = True
     """Take trees node by node, so that one whose server dies goes on at another with what has finished; off, it is
-    sampled anew there, and answers have about a fifth of the bytes."""
+    sampled anew there, and answers have about half of the bytes."""
     keep_versions: int = Field(default=3, ge=1)
 
     @field_serializer("redis_url")
