@@ -1,7 +1,7 @@
 """What an answer weighs in each form, and what it costs to make and to read.
 
 A 6-6-6 tree with 600-token segments (259 nodes, 154,860 tokens, with text) as JSON, as msgpack and as a stream of
-lines (`shared/stream.py`), plain and with zstd around it, on one thread; of a stream each line can be read at once.
+lines (`shared/stream.py`), plain and with zstd around it, on one thread; a stream's lines can be read one by one.
 Three trees, since bytes depend on what is in them:
 
 - `tiny_math`: tokens, texts and logprobs as that model's engine sampled them in float32 (16 responses each to a
