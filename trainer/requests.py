@@ -1,7 +1,6 @@
 """A question into a tree request."""
 
 import hashlib
-from typing import Literal
 
 from shared.wire import Message, Plan, Reward, RolloutTreeRequest, Sampling, Savings
 from trainer.data import Question
@@ -20,7 +19,6 @@ def tree_request(
     seed: int | None,
     savings: Savings | None = None,
     min_weight_version: int = 0,
-    in_flight: Literal["continue", "restart"] = "continue",
     text: bool = False,
 ) -> RolloutTreeRequest:
     """The request of one question's tree.
@@ -37,7 +35,6 @@ def tree_request(
         seed: of the occasion; with the question's id it makes the tree's seed. None for a tree without one.
         savings: early decisions; None for none.
         min_weight_version: lowest version that may sample it.
-        in_flight: what becomes of it when its server takes other weights.
         text: whether nodes carry their text.
     """
     prompt = data.prompt.replace("{question}", question.text)
@@ -52,6 +49,5 @@ def tree_request(
         reward=Reward(name=reward.name, reference=question.reference, options=reward.options),
         savings=savings or Savings(),
         min_weight_version=min_weight_version,
-        in_flight=in_flight,
         return_text=text,
     )

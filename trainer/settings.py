@@ -219,14 +219,14 @@ class FleetSettings(Settings):
     """May carry a password, which no run folder gets; `SPOKE_REDIS_URL` goes before it."""
     store: str | None = None
     """Weight store, any fsspec URL; None is `weights` in the run folder, for servers on this machine."""
+    keep_nodes: bool = True
+    """Take trees node by node, so that one whose server dies goes on at another with what has finished; off, it is
+    sampled anew there, and answers have about half of the bytes."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of the published weights."""
     min_servers: int = Field(default=1, ge=1)
     wait_s: float = Field(default=300.0, gt=0.0)
     """Bound of a wait for servers or for a version."""
-    keep_nodes: bool = True
-    """Take trees node by node, so that one whose server dies goes on at another with what has finished; off, it is
-    sampled anew there, and answers have about half of the bytes."""
     keep_versions: int = Field(default=3, ge=1)
 
     @field_serializer("redis_url")
