@@ -159,8 +159,9 @@ def test_damaged_lines_are_an_error_of_ours_or_another_tree(
 
 
 def test_a_tree_that_is_begun_anew_has_the_nodes_after_that_line_alone() -> None:
-    whole, assembler = tree(), Assembler()
-    for line in list(lines(whole))[:-1]:
-        assembler.feed(line.replace('"key":"', '"key":"7.').replace('"7."', '"7"'))
+    old, whole, assembler = tree([5], [-2.0]), tree([7, 8], [-0.5, -0.25]), Assembler()
+    prompt, node, _ = lines(old)
+    for line in (prompt, node, node.replace('"key":"0"', '"key":"1"')):
+        assembler.feed(line)
     assert assembler.feed(dump(RestartLine(version=4))) == RestartLine(version=4)
     assert [assembler.feed(line) for line in lines(whole)][-1] == whole
