@@ -15,10 +15,11 @@ from trainer.config import TrainSettings
 from trainer.critic import Critic, load_critic
 from trainer.data import Question, load
 from trainer.fleet import Fleet, registered
+from trainer.losses import OffPolicy
 from trainer.optimizer import PolicyOptimizer
 from trainer.policy import DTYPES, load_policy, recompute_activations
 from trainer.publish import Publisher, lease
-from trainer.settings import KLEstimator
+from trainer.settings import Correction, KLEstimator
 from trainer.update import Learner
 
 
@@ -81,7 +82,16 @@ def build_learner(settings: TrainSettings, checkpoint: Path | None) -> Learner:
         mask_threshold=settings.algorithm.mask_threshold,
         max_tokens=settings.rollout.max_tokens,
         critic=critic,
+        off_policy=off_policy_of(settings),
     )
+
+
+def off_policy_of(settings: TrainSettings) -> OffPolicy | None:
+    """The correction of a run; None where it is synchronous."""
+    trainer = settings.trainer
+    if settings.fleet.max_staleness == 0 or trainer.correction is Correction.NONE:
+        return None
+    return OffPolicy(correction=trainer.correction, limit=trainer.correction_limit)
 
 
 @contextlib.asynccontextmanager
