@@ -11,6 +11,7 @@ SpokeError
 └── CoordinationError      Redis is away, or refused
     ├── LeaseError         another trainer holds the run, or our lease is gone
     └── FleetError         too few live servers, or they did not follow in time
+        └── NoTreeError    no server gave a tree within its bound, although enough were alive
 """
 
 
@@ -79,3 +80,7 @@ class LeaseError(CoordinationError):
 
 class FleetError(CoordinationError):
     """Too few live servers, or they did not follow in time."""
+
+
+class NoTreeError(FleetError):
+    """No server gave a tree within its bound, although enough were alive."""
