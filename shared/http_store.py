@@ -192,9 +192,7 @@ def _start(response: httpx.Response, offset: int) -> int:
     detail = f"it was answered with status {status}"
     if status in _AGAIN:
         headers = response.headers
-        asked = retry_after_s(
-            headers.get("Retry-After"), now=time.time(), date=headers.get("Date")
-        )
+        asked = retry_after_s(headers.get("Retry-After"), now=time.time(), date=headers.get("Date"))
         raise _AgainError(detail, asked)
     raise WeightsError(detail)
 

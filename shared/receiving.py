@@ -1,6 +1,6 @@
 """A file of a version comes in: gone on with where it stopped, bounded, and in its place only once its bytes are right.
 
-    NAME.part while it comes, NAME when size and SHA-256 are those of its manifest
+NAME.part while it comes, NAME when size and SHA-256 are those of its manifest
 """
 
 import contextlib
@@ -159,9 +159,7 @@ def _room(entry: FileEntry, part: Path) -> Iterator[None]:
         ) from None
 
 
-def _fill(
-    entry: FileEntry, stream: BinaryIO, opened: Opener, stop: threading.Event | None
-) -> bool:
+def _fill(entry: FileEntry, stream: BinaryIO, opened: Opener, stop: threading.Event | None) -> bool:
     """Write what is missing at the end of the part; True where something was there before."""
     at = stream.seek(0, os.SEEK_END)
     if at > entry.size:

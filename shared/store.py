@@ -8,7 +8,7 @@ import os
 import posixpath
 import threading
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -93,12 +93,19 @@ class WeightReader(Protocol):
 class WeightStore(WeightReader, Protocol):
     """Where the bytes of a run's versions live."""
 
-    def publish(self, manifest: Manifest, folder: Path) -> None:
+    def publish(
+        self,
+        manifest: Manifest,
+        folder: Path,
+        *,
+        before_manifest: Callable[[], None] = lambda: None,
+    ) -> None:
         """Make a version visible: its files first, its manifest last, and only once.
 
         Args:
             manifest: sealed; names the files, those of its shortcut included.
             folder: where the files lie on this machine.
+            before_manifest: called between the two; what it raises leaves the version invisible.
 
         Raises:
             WeightsError: the version exists already, or the store refused.
@@ -169,7 +176,13 @@ class FsspecStore:
                 reason += "; free some room, or lower fleet.keep_versions"
             raise WeightsError(f"weight store {self.url}: version {version}: {reason}") from error
 
-    def publish(self, manifest: Manifest, folder: Path) -> None:
+    def publish(
+        self,
+        manifest: Manifest,
+        folder: Path,
+        *,
+        before_manifest: Callable[[], None] = lambda: None,
+    ) -> None:
         """See `WeightStore.publish`."""
         version = manifest.version
         extra = () if manifest.shortcut is None else manifest.shortcut.files
@@ -179,6 +192,7 @@ class FsspecStore:
             self._fs.makedirs(self._path(version), exist_ok=True)
             for entry in (*manifest.files, *extra):
                 self._put(version, entry, folder / entry.name)
+            before_manifest()
             # Last, and whole: a reader that sees the manifest must find every byte it names.
             try:
                 self._create(self._path(version, MANIFEST), manifest.encode())
