@@ -85,7 +85,7 @@ class Display:
         self._refresh()
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """See `Reporter.say`."""
         self.console.print(text, highlight=False, soft_wrap=True)
 
     def step(self, done: int, total: int, values: dict[str, Any]) -> None:
@@ -147,8 +147,10 @@ def summary_tables(summary: Summary, elapsed_s: float) -> Group:
     work.add_row("all, seconds", f"{elapsed_s:.1f}")
     for server, version in summary.versions.items():
         work.add_row(f"{server} reached version", str(version))
-    for reason, count in summary.dropped.items():
-        work.add_row(f"trees dropped for {reason}", str(count))
+    trees = summary.trees
+    work.add_row("trees trained, of those asked for", f"{trees.trained:,} of {trees.asked:,}")
+    for reason, count in trees.dropped.items():
+        work.add_row(f"trees dropped, {reason}", f"{count:,}")
     return Group(accuracy, work)
 
 

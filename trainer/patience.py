@@ -1,7 +1,7 @@
 """How the trainer waits for others: with a message, and never for ever.
 
-Below `min_servers`, or while Redis is away, the run pauses and says so; it goes on by itself when they are back, and
-stops with one line after `pause_s`.
+Below `min_servers`, or while Redis is away, the run pauses and says so; it goes on by itself when they are back,
+and stops with one line after `pause_s`.
 """
 
 import asyncio
@@ -91,8 +91,8 @@ class Patience:
     ) -> list[ServerRecord]:
         """Wait until every server that serves holds the head, and at least `min_servers` of them.
 
-        A server that dies, is stale or still loads is not waited for; nor, once `min_servers` hold the head, is one
-        that lags for longer than `wait_s`, until it holds a head again. New servers count as soon as they serve.
+        A server that dies, is stale or still loads is not waited for; nor, once `min_servers` hold the head, is
+        one that lags for longer than `wait_s`, until it holds a head again. New servers count once they serve.
 
         Args:
             head: announced.
@@ -103,8 +103,8 @@ class Patience:
             Records of the servers that hold it.
 
         Raises:
-            FleetError: too few servers are alive for longer than `pause_s`, or enough are and too few of them hold the
-                head within `wait_s`; it names what the others say.
+            FleetError: too few servers are alive for longer than `pause_s`, or enough are and too few of them hold
+                the head within `wait_s`; it names what the others say.
             CoordinationError: Redis was away for longer than `pause_s`.
         """
         pause = _Pause.of(self)

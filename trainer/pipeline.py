@@ -1,13 +1,12 @@
 """Which step's trees are sampled when: now, or while earlier steps train.
 
-With n = `fleet.max_staleness`, step t trains trees whose every token is of version v_t - n or later, where v_t is the
-policy's version before the step. Trees of step s are asked for once
+With n = `fleet.max_staleness`, step t trains trees whose every token is of version v_t - n or later, where v_t is
+the policy's version before the step. Trees of step s are admitted once
 
-    s <= t + n                                 capacity: at most (t + n + 1) x questions trees since the start
-    v_s - n is held by the fleet               so that what they are sampled with is new enough for step s
+    s <= t + n                       capacity: at most (t + n + 1) x questions trees since the start
 
-and carry v_s - n as their lowest version, which servers enforce. n = 0 asks for a step's trees when the step comes,
-with the version that it trains: synchronous training.
+and sent once the fleet holds v_s - n, which they carry as their lowest version and servers enforce. n = 0 asks for
+a step's trees when the step comes, with the version that it trains: synchronous training.
 """
 
 import asyncio

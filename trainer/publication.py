@@ -1,7 +1,7 @@
 """Versions on their way to the fleet while training goes on: one after the other, in order.
 
-The step that made a version is blocked for its copy in host memory alone. What goes wrong here is raised to whoever
-waits for a version next, so that it never passes unseen.
+The step that made a version is blocked for its copy in host memory alone. What goes wrong here is raised to
+whoever waits for a version next, so that it never passes unseen.
 """
 
 import asyncio
@@ -13,8 +13,8 @@ from torch import Tensor
 
 from shared.fleet import Head, ServerRecord
 from trainer.patience import Patience
+from trainer.publish import Publisher
 
-Publish = Callable[[int, Mapping[str, Tensor]], Awaitable[Head]]
 Followed = Callable[[Head, list[ServerRecord]], Awaitable[None]]
 
 LEAST_GRACE_S = 0.5
@@ -24,33 +24,29 @@ class Publication:
     """Publishes in the background.
 
     Args:
-        publish: makes a version durable and announces it.
+        publisher: makes versions durable and announces them.
         patience: waits for servers.
-        followed: called once a version is held, with the servers that hold it.
-        held: newest version that the fleet holds at the start.
     """
 
-    def __init__(
-        self, publish: Publish, patience: Patience, followed: Followed, *, held: int
-    ) -> None:
-        self._publish = publish
+    def __init__(self, publisher: Publisher, patience: Patience) -> None:
+        self._publisher = publisher
         self._patience = patience
-        self._followed = followed
         self._newest: asyncio.Task[None] | None = None
         self._changed = asyncio.Event()
-        self.held = held
+        self.held = -1
         """Newest version that at least `min_servers` hold."""
-        self.seconds: dict[str, float] = {}
-        """Of the newest version that is held: `publish`, until it was announced; `fleet`, until it was held."""
+        self.followed: Followed | None = None
+        """Called once a version is held, with the servers that hold it."""
 
-    def start(self, version: int, tensors: Mapping[str, Tensor]) -> None:
+    def start(self, version: int, tensors: Mapping[str, Tensor], snapshot_s: float) -> None:
         """Let a version follow those before it; returns at once.
 
         Args:
             version: higher than any before.
             tensors: copies, which nobody changes.
+            snapshot_s: what the copies took.
         """
-        self._newest = asyncio.create_task(self._one(self._newest, version, tensors))
+        self._newest = asyncio.create_task(self._one(self._newest, version, tensors, snapshot_s))
 
     async def holds(self, version: int) -> None:
         """Wait until at least `min_servers` hold a version, or a later one.
@@ -81,17 +77,20 @@ class Publication:
                 await self._newest
 
     async def _one(
-        self, before: asyncio.Task[None] | None, version: int, tensors: Mapping[str, Tensor]
+        self,
+        before: asyncio.Task[None] | None,
+        version: int,
+        tensors: Mapping[str, Tensor],
+        snapshot_s: float,
     ) -> None:
         if before is not None:
             await before
         begun = time.monotonic()
-        head = await self._publish(version, tensors)
-        announced = time.monotonic()
-        # Trees go to those that hold the version, so a moment more for the others shares them out evenly.
-        grace = max(LEAST_GRACE_S, announced - begun)
+        head = await self._publisher.publish(version, tensors, snapshot_s=snapshot_s)
+        # Trees go to those that hold the version: a moment more for the others shares the trees out evenly.
+        grace = max(LEAST_GRACE_S, time.monotonic() - begun)
         holders = await self._patience.followed(head, all_within_s=grace)
-        self.seconds = {"publish": announced - begun, "fleet": time.monotonic() - announced}
         self.held = version
         self._changed.set()
-        await self._followed(head, holders)
+        if self.followed is not None:
+            await self.followed(head, holders)

@@ -71,7 +71,7 @@ class InFlight(StrEnum):
     CONTINUE = "continue"
     """It goes on with them; each token says which version sampled it."""
     RESTART = "restart"
-    """Its unfinished segments begin again: every segment is of one version."""
+    """It is begun anew with them, so that it is of one version."""
 
 
 class RolloutSettings(Settings):
@@ -258,6 +258,9 @@ class FleetSettings(Settings):
     pause_s: float = Field(default=3600.0, gt=0.0)
     """Bound of a pause, for servers or for a Redis that is away; then the run stops."""
     keep_versions: int = Field(default=3, ge=1)
+    """Newest versions that stay in the store whatever the servers hold."""
+    anchor_every: int = Field(default=10, ge=1)
+    """Versions from one full copy to the next; those between are deltas where these are smaller."""
 
     @field_serializer("redis_url")
     def _without_password(self, url: str | None) -> str | None:

@@ -2,8 +2,9 @@
 
     questions -> trees (fleet) -> segments with advantages -> optimizer updates -> version v+1 -> fleet -> …
 
-Synchronous: the next rollout waits until every live server holds the weights of the last update, so every token
-is sampled by the policy that the update starts from.
+With `fleet.max_staleness` 0 it is synchronous: the next rollout waits until every live server holds the weights of
+the last update, so every token is sampled by the policy that the update starts from. Above 0, trees of the next
+steps are sampled while a step trains, and versions reach the fleet in the background; see `pipeline`.
 """
 
 import asyncio
@@ -11,26 +12,28 @@ import json
 import math
 import random
 import secrets
+import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from shared.coordination import Coordinator
+from shared.fleet import Head, ServerRecord
 from shared.wire import RolloutTreeResponse
 from trainer import checkpoints, metrics
 from trainer.algorithms import Segment
 from trainer.checkpoints import Progress
 from trainer.config import TrainSettings
-from trainer.data import Draw, Question
-from trainer.evaluate import Accuracy, evaluate
-from trainer.fleet import Fleet, wait_for_head, wait_for_servers
+from trainer.data import Draw
+from trainer.fleet import wait_for_servers
+from trainer.measuring import Measuring
 from trainer.packing import optimizer_batches
+from trainer.pipeline import Pipeline
 from trainer.policy import DTYPES, state_tensors
-from trainer.prepare import build_learner, connect, open_folder, questions_of
-from trainer.publish import Publisher
+from trainer.prepare import Connections, Start, begin, connect, open_folder
+from trainer.publication import Publication
 from trainer.replay import Replay
-from trainer.report import SUMMARY, Measurement, Reporter, Summary, plot
+from trainer.report import SUMMARY, Reporter, Summary, plot
 from trainer.rollouts import Sampling, segments_of
 from trainer.update import Learner, UpdateReport
 
@@ -45,11 +48,11 @@ class Trainer:
     settings: TrainSettings
     learner: Learner
     replay: Replay | None
-    fleet: Fleet
-    coordinator: Coordinator
-    publisher: Publisher
-    sampling: Sampling
-    heldout: list[Question]
+    to: Connections
+    publication: Publication | None
+    """None in synchronous training."""
+    pipeline: Pipeline
+    measuring: Measuring
     reporter: Reporter
     summary: Summary
     log: metrics.MetricsLog
@@ -60,17 +63,19 @@ class Trainer:
     async def run(self) -> Summary:
         """Train from where the run stands to its last step, or to the end of its budget."""
         total = self.settings.trainer.steps
-        self.reporter.status("publishing the first version")
-        await self.publish(await self.publisher.next_version())
+        await self.publish(self.pipeline.first_version, wait=True)
         await self.measure("before")
-        for step in range(self.progress.step, total):
-            if self.share >= 1:
-                break
-            before = self.share
-            values = await self.step(step)
-            self.log.write(step + 1, values)
-            self.reporter.step(step + 1, total, values)
-            await self.finish_step(step + 1, before)
+        try:
+            for step in range(self.progress.step, total):
+                if self.share >= 1:
+                    break
+                before = self.share
+                values = await self.step(step)
+                self.log.write(step + 1, values)
+                self.reporter.step(step + 1, total, values)
+                await self.finish_step(step + 1, before)
+        finally:
+            await self.pipeline.close()
         await self.measure("after")
         return self.summary
 
@@ -89,14 +94,18 @@ class Trainer:
         before = dict(self.summary.seconds)
         with self.summary.phase("rollout"):
             self.reporter.status("rollout")
-            rollout = await self.sampling.step(step, self.progress.version)
+            rollout = await self.pipeline.take(step)
         with self.summary.phase("advantages"):
             fresh = await asyncio.to_thread(self.advantages, rollout.trees)
             segments = self.replayed(fresh, step)
         with self.summary.phase("update"):
             # In a thread, so that the lease is renewed meanwhile.
             updates = await asyncio.to_thread(self.learn, segments, step)
-        await self.publish(self.progress.version + 1)
+        trained, version = (
+            metrics.of_staleness(segments, self.progress.version),
+            self.progress.version,
+        )
+        await self.publish(version + 1, wait=self.publication is None)
         sampled = metrics.of_trees(rollout.sampled)
         spent = {name: s - before.get(name, 0.0) for name, s in self.summary.seconds.items()}
         self.progress = replace(
@@ -105,17 +114,24 @@ class Trainer:
             sampled_tokens=self.progress.sampled_tokens + sampled["tokens"]["sampled"],
             seconds=self.earlier_seconds + self.summary.seconds_of_training(NOT_TRAINING),
         )
-        self.summary.add_step(sampled["reward"]["mean"], rollout.dropped, self.progress)
+        if self.share < 1:
+            self.pipeline.admit(step + 1)
+        trees = self.summary.trees.as_json()
+        self.progress = replace(self.progress, trees=trees)
+        self.summary.add_step(sampled["reward"]["mean"], self.progress)
         return {
             **sampled,
             **metrics.of_segments(fresh, rollout.trees),
             **metrics.of_updates(updates),
             **metrics.of_replay(self.replay, segments),
+            **trained,
             "replaced_trees": len(rollout.without_signal),
             "dropped_trees": rollout.dropped,
+            "ledger": trees,
             "version": self.progress.version,
             "sampled_tokens_total": self.progress.sampled_tokens,
             "seconds": spent,
+            "published": [asdict(report) for report in self.to.publisher.reports()],
         }
 
     def advantages(self, trees: Sequence[RolloutTreeResponse]) -> list[Segment]:
@@ -138,28 +154,46 @@ class Trainer:
         settings = self.settings.trainer
         if settings.budget_tokens or settings.budget_seconds:
             self.learner.follow(self.share)
+        proximal = self.learner.proximal(segments)
         reports = []
         for epoch in range(settings.epochs):
             rng = random.Random(f"{self.settings.seed}/{step}/{epoch}")
             for batch in optimizer_batches(segments, settings.updates_per_step, rng):
-                reports.append(self.learner.update(batch))
+                reports.append(self.learner.update(batch, proximal))
         return reports
 
-    async def publish(self, version: int) -> None:
-        """Hand the weights to the fleet and wait until it holds them."""
+    async def publish(self, version: int, *, wait: bool) -> None:
+        """Hand the weights to the fleet.
+
+        Args:
+            version: their number.
+            wait: until the fleet holds them; else the next rollouts wait for that, and training goes on as soon as
+                the weights are copied.
+        """
         self.reporter.status(f"publishing version {version}")
-        fleet = self.settings.fleet
-        with self.summary.phase("publish"):
-            tensors = state_tensors(self.learner.policy, DTYPES[fleet.dtype])
-            head = await self.publisher.publish(version, tensors)
-        with self.summary.phase("wait for fleet"):
-            holders = await wait_for_head(
-                self.coordinator, head, min_servers=fleet.min_servers, timeout_s=fleet.wait_s
-            )
+        phase = self.summary.phase
+        with phase("publish" if wait else "snapshot"):
+            begun = time.monotonic()
+            dtype = DTYPES[self.settings.fleet.dtype]
+            tensors = await asyncio.to_thread(state_tensors, self.learner.policy, dtype)
+            snapshot_s = time.monotonic() - begun
+            if wait:
+                head = await self.to.publisher.publish(version, tensors, snapshot_s=snapshot_s)
+            elif self.publication is not None:
+                self.publication.start(version, tensors, snapshot_s)
+        self.progress = replace(self.progress, version=version)
+        if wait:
+            with phase("wait for fleet"):
+                holders = await self.to.patience.followed(head)
+            if self.publication is not None:
+                self.publication.held = version
+            await self.followed(head, holders)
+
+    async def followed(self, head: Head, holders: Sequence[ServerRecord]) -> None:
+        """A version is held by the fleet: note who holds it, and let go of what nobody needs."""
         for record in holders:
             self.summary.versions[record.server_id] = record.version
-        self.progress = replace(self.progress, version=version)
-        await self.publisher.collect(version)
+        await self.to.publisher.collect(head.version)
 
     async def finish_step(self, done: int, share_before: float) -> None:
         """Checkpoint and measure where it is time to."""
@@ -168,7 +202,8 @@ class Trainer:
         every = settings.trainer.checkpoint_every
         if last or (every and done % every == 0):
             with self.summary.phase("checkpoint"):
-                checkpoints.save(
+                await asyncio.to_thread(
+                    checkpoints.save,
                     self.summary.folder,
                     self.learner,
                     settings.model.path,
@@ -181,42 +216,16 @@ class Trainer:
             await self.measure("during")
 
     async def measure(self, label: str) -> None:
-        """Held-out accuracy at the training temperature's own setting, and greedily before and after."""
-        evaluation = self.settings.evaluation
+        """Held-out accuracy of the policy as it stands; trees of later steps go on meanwhile."""
         during = label == "during"
-        questions = self.heldout[: evaluation.questions_during] if during else self.heldout
-        self.reporter.status(f"measuring {len(questions)} held-out questions")
+        count = len(self.measuring.questions(during=during))
+        self.reporter.status(f"measuring {count} held-out questions")
         with self.summary.phase("measure"):
-            sampled = await self._accuracy(questions, evaluation.samples, evaluation.temperature)
-            greedy = None
-            if evaluation.greedy and not during:
-                greedy = await self._accuracy(questions, 1, 0.0)
-        measurement = Measurement(
-            step=self.progress.step,
-            sampled_tokens=self.progress.sampled_tokens,
-            seconds=self.progress.seconds,
-            sampled=sampled,
-            greedy=greedy,
-        )
+            if self.publication is not None:
+                await self.publication.settled()
+            measurement = await self.measuring.measure(self.progress, during=during)
         self.summary.measurements.append(measurement)
         self.reporter.measured(label, measurement)
-
-    async def _accuracy(
-        self, questions: Sequence[Question], samples: int, temperature: float
-    ) -> Accuracy:
-        return await evaluate(
-            self.fleet,
-            questions,
-            data=self.settings.data,
-            reward=self.settings.reward,
-            samples=samples,
-            temperature=temperature,
-            max_tokens=self.settings.rollout.max_tokens,
-            name=f"{self.settings.run}/{self.sampling.session}/eval-{self.progress.step}-{temperature}",
-            # The same seed each time: measurements before and after differ by the weights alone.
-            seed=self.settings.seed,
-            min_weight_version=self.progress.version,
-        )
 
 
 async def train(
@@ -235,48 +244,68 @@ async def train(
         CoordinationError: Redis is away, another trainer holds the run, or the fleet does not follow in time.
     """
     open_folder(settings, folder, resume=resume)
-    async with connect(settings, folder) as (coordinator, publisher, fleet):
+    async with connect(settings, folder, reporter.say) as to:
         with metrics.MetricsLog(folder) as log:
             reporter.status("loading data and model")
-            checkpoint = checkpoints.newest(folder) if resume else None
             # In a thread, as everything that takes long: the lease is renewed meanwhile.
-            questions, heldout = await asyncio.to_thread(questions_of, settings)
-            learner = await asyncio.to_thread(build_learner, settings, checkpoint)
-            replay = replay_of(settings)
-            progress = Progress(step=0, version=0, sampled_tokens=0)
-            if checkpoint is not None:
-                progress = checkpoints.restore(checkpoint, learner, replay)
+            start = await asyncio.to_thread(begin, settings, folder, resume=resume)
             reporter.status("waiting for servers")
-            await wait_for_servers(coordinator, settings.fleet.min_servers, settings.fleet.wait_s)
-            trainer = Trainer(
-                settings=settings,
-                learner=learner,
-                replay=replay,
-                fleet=fleet,
-                coordinator=coordinator,
-                publisher=publisher,
-                sampling=Sampling(
-                    settings=settings,
-                    fleet=fleet,
-                    draw=Draw(questions, settings.rollout.questions, settings.seed),
-                    session=secrets.token_hex(4),
-                ),
-                heldout=heldout[: settings.evaluation.questions],
-                reporter=reporter,
-                summary=Summary(run=settings.run, folder=folder),
-                log=log,
-                progress=progress,
-                earlier_seconds=progress.seconds,
-            )
-            summary = await trainer.run()
+            fleet = settings.fleet
+            await wait_for_servers(to.coordinator, fleet.min_servers, fleet.wait_s)
+            earlier = start.progress.version if start.progress.step else -1
+            version = await to.publisher.next_version(earlier)
+            trainer = assemble(settings, folder, reporter, to, log, start, version)
+            try:
+                summary = await trainer.run()
+            finally:
+                if trainer.publication is not None:
+                    await trainer.publication.close()
     plot(summary, folder / "learning_curve.png")
     (folder / SUMMARY).write_text(json.dumps(summary.as_json(), indent=1))
     return summary
 
 
-def replay_of(settings: TrainSettings) -> Replay | None:
-    """The run's replay, empty; None where it has none."""
-    replay = settings.replay
-    if not replay.enabled:
-        return None
-    return Replay(per_question=replay.per_question, max_age=replay.max_age, seed=settings.seed)
+def assemble(
+    settings: TrainSettings,
+    folder: Path,
+    reporter: Reporter,
+    to: Connections,
+    log: metrics.MetricsLog,
+    start: Start,
+    version: int,
+) -> Trainer:
+    """A trainer whose first version gets this number."""
+    ahead, session = settings.fleet.max_staleness, secrets.token_hex(4)
+    publication = Publication(to.publisher, to.patience) if ahead else None
+    draw = Draw(start.questions, settings.rollout.questions, settings.seed)
+    trainer = Trainer(
+        settings=settings,
+        learner=start.learner,
+        replay=start.replay,
+        to=to,
+        publication=publication,
+        pipeline=Pipeline(
+            sampling=Sampling(
+                settings=settings, fleet=to.fleet, draw=draw, session=session, ledger=start.ledger
+            ),
+            publication=publication,
+            max_staleness=ahead,
+            steps=settings.trainer.steps,
+            first_step=start.progress.step,
+            first_version=version,
+        ),
+        measuring=Measuring(
+            settings=settings,
+            fleet=to.fleet,
+            heldout=start.heldout[: settings.evaluation.questions],
+            session=session,
+        ),
+        reporter=reporter,
+        summary=Summary(run=settings.run, folder=folder, trees=start.ledger),
+        log=log,
+        progress=start.progress,
+        earlier_seconds=start.progress.seconds,
+    )
+    if publication is not None:
+        publication.followed = trainer.followed
+    return trainer
