@@ -148,7 +148,7 @@ class Follower:
             report = await self.engine.load_weights(
                 Weights(version=head.version, digest=manifest.weights_digest, files=files)
             )
-            self.status.weights_digest = manifest.weights_digest
+            self.status.swapped(manifest.weights_digest)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         for phase, seconds in (

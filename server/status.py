@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from shared.fleet import ServerState
@@ -20,6 +20,8 @@ class Status:
     in_flight: int = 0
     """Requests being answered."""
     sampled_tokens: int = 0
+    on_swap: list[Callable[[], object]] = field(default_factory=list)
+    """Are called, on the event loop, whenever the engine has taken other weights."""
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
 
     @contextlib.contextmanager
@@ -33,6 +35,12 @@ class Status:
             self.in_flight -= 1
             if self.in_flight == 0:
                 self._idle.set()
+
+    def swapped(self, digest: str) -> None:
+        """Note that the engine has taken other weights, by their digest, and tell of it."""
+        self.weights_digest = digest
+        for tell in self.on_swap:
+            tell()
 
     async def idle(self, bound_s: float) -> bool:
         """Wait until nothing is being answered; False where that took longer than the bound."""

@@ -15,15 +15,14 @@ from starlette.types import Receive, Scope, Send
 
 from server.answer import branch_line
 from server.auth import caller
-from server.branches import Branch
+from server.branches import Branch, Path
 from server.connection import while_connected
 from server.details import for_caller
-from server.sampler import Path
-from server.service import RolloutService
+from server.service import RolloutService, Teller
 from server.status import Status
 from shared.codec import MediaType
 from shared.errors import BusyError, RequestError, SpokeError
-from shared.stream import ErrorLine, dump, node_keys, node_line, tree_line
+from shared.stream import ErrorLine, RestartLine, dump, node_keys, node_line, tree_line
 from shared.wire import Problem, RolloutTreeRequest, RolloutTreeResponse
 
 log = logging.getLogger("spoke.server")
@@ -47,8 +46,15 @@ async def node_stream(
         sent.add(line.key)
         lines.put_nowait(dump(line))
 
+    def begun_anew(version: int) -> None:
+        while not lines.empty():
+            lines.get_nowait()  # nobody has read them, and nobody needs to
+        sent.clear()
+        lines.put_nowait(dump(RestartLine(version=version)))
+
     async def whole() -> RolloutTreeResponse:
-        return for_caller(request, await service.rollout_tree(body, tell, caller=caller(request)))
+        tree = await service.rollout_tree(body, Teller(tell, begun_anew), caller=caller(request))
+        return for_caller(request, tree)
 
     tree = asyncio.ensure_future(whole())
     tree.add_done_callback(lambda _: lines.put_nowait(None))  # behind the last node

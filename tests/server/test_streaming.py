@@ -8,7 +8,7 @@ from starlette.requests import Request
 
 from server.branches import Branch
 from server.engines.base import Completion
-from server.service import Tell
+from server.service import Teller
 from server.status import Status
 from server.streaming import node_stream
 from shared.tree import FinishReason
@@ -27,12 +27,12 @@ class FakeService:
         self.given_up = asyncio.Event()
 
     async def rollout_tree(
-        self, request: RolloutTreeRequest, tell: Tell, *, caller: str
+        self, request: RolloutTreeRequest, tell: Teller, *, caller: str
     ) -> RolloutTreeResponse:
         done = Completion(
             token_ids=[5], logprobs=[-1.0], versions=[(0, 1)], finish_reason=FinishReason.STOP
         )
-        tell((0,), Branch(completion=done, response=(5,)))
+        tell.node((0,), Branch(completion=done, response=(5,)))
         try:
             await asyncio.Event().wait()
         finally:
