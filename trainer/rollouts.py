@@ -140,6 +140,7 @@ class Sampling:
             seed=settings.seed * 1_000_003 + step if settings.rollout.reproducible else None,
             savings=settings.rollout.savings,
             min_weight_version=version,
+            in_flight=settings.rollout.in_flight,
         )
         try:
             tree = await self.fleet.rollout_tree(request)
