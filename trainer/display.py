@@ -98,6 +98,8 @@ class Display:
             f"clipped {percent(values['clip_fraction'])}  mismatch {values['mismatch']:.1e}  "
             f"version {values['version']}"
         )
+        if stale := values.get("staleness", {}).get("mean"):
+            self._line += f"  staleness {stale:.2f}"
         if self.console.is_terminal:
             self._refresh()
         else:

@@ -5,7 +5,6 @@ whoever waits for a version next, so that it never passes unseen.
 """
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Awaitable, Callable, Mapping
 
@@ -32,6 +31,7 @@ class Publication:
         self._publisher = publisher
         self._patience = patience
         self._newest: asyncio.Task[None] | None = None
+        self._started = -1
         self._changed = asyncio.Event()
         self.held = -1
         """Newest version that at least `min_servers` hold."""
@@ -46,6 +46,7 @@ class Publication:
             tensors: copies, which nobody changes.
             snapshot_s: what the copies took.
         """
+        self._started = version
         self._newest = asyncio.create_task(self._one(self._newest, version, tensors, snapshot_s))
 
     async def holds(self, version: int) -> None:
@@ -55,7 +56,8 @@ class Publication:
             SpokeError: it cannot be published, or the servers do not follow; see `Patience.followed`.
         """
         while self.held < version:
-            assert self._newest is not None, "nobody has published that version"
+            assert self._newest is not None, "no version was started"
+            assert self._started >= version, "it would be waited for without an end"
             self._changed.clear()
             waiting = asyncio.create_task(self._changed.wait())
             await asyncio.wait({waiting, self._newest}, return_when=asyncio.FIRST_COMPLETED)
@@ -73,8 +75,9 @@ class Publication:
         """Give up what is on its way."""
         if self._newest is not None:
             self._newest.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await self._newest
+            await asyncio.wait({self._newest})
+            if not self._newest.cancelled():
+                self._newest.exception()  # known already, or too late to matter
 
     async def _one(
         self,
