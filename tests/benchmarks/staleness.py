@@ -1,4 +1,4 @@
-"""What running ahead gains in time, and what it costs in accuracy: quickstart with several `max_staleness` in turns.
+"""What running ahead gains in time and costs in accuracy: the quickstart with several `max_staleness` in turns.
 
 For each seed every n runs once, one run after the other on the same machine, each with two servers of its own: the
 quickstart as it is, but measured before and after alone, since in a measurement in the middle trees of later steps
