@@ -43,8 +43,8 @@ class Patience:
     wait_s: float
     pause_s: float
     tell: Callable[[str], None] = nothing
-    behind: set[str] = field(default_factory=set)
-    """Servers that did not follow within `wait_s`: nobody waits for them until they hold a head again."""
+    behind: dict[str, int] = field(default_factory=dict)
+    """Servers that did not follow to a version within `wait_s`: nobody waits for them until they hold it."""
 
     async def through_outage(self, call: Callable[[], Awaitable[T]], what: str) -> T:
         """The result of a call to Redis, made again while Redis is away.
@@ -92,12 +92,12 @@ class Patience:
         """Wait until every server that serves holds the head, and at least `min_servers` of them.
 
         A server that dies, is stale or still loads is not waited for; nor, once `min_servers` hold the head, is
-        one that lags for longer than `wait_s`, until it holds a head again. New servers count once they serve.
+        one that lags for longer than `wait_s`, until it has caught up. New servers count once they serve.
 
         Args:
             head: announced.
-            all_within_s: bound of the wait for the others, once `min_servers` hold the head; None is `wait_s` from
-                the start.
+            all_within_s: bound of the wait for the others once `min_servers` hold the head, where those are enough
+                to go on; nobody counts as left behind then. None is `wait_s` from the start.
 
         Returns:
             Records of the servers that hold it.
@@ -108,18 +108,22 @@ class Patience:
             CoordinationError: Redis was away for longer than `pause_s`.
         """
         pause = _Pause.of(self)
-        deadline = time.monotonic() + self.wait_s
+        deadline, enough = time.monotonic() + self.wait_s, float("inf")
         while True:
             serving = [r for r in await self._records() if r.state.serves]
             holders = [r for r in serving if head.held_by(r)]
             others = [r for r in serving if not head.held_by(r)]
-            self.behind -= {r.server_id for r in holders}
-            late = time.monotonic() > deadline
+            for r in serving:
+                if r.version >= self.behind.get(r.server_id, r.version + 1):
+                    del self.behind[r.server_id]
+            now = time.monotonic()
+            late = now > deadline
             if len(holders) >= self.min_servers:
                 if all_within_s is not None:
-                    deadline, all_within_s = min(deadline, time.monotonic() + all_within_s), None
-                if late or all(r.server_id in self.behind for r in others):
+                    enough = min(enough, now + all_within_s)
+                if late:
                     self._leave_behind(head, others)
+                if late or now > enough or all(r.server_id in self.behind for r in others):
                     pause.end(f"{len(holders)} of {self.min_servers} servers alive; going on")
                     return holders
             if len(serving) < self.min_servers:
@@ -137,7 +141,7 @@ class Patience:
 
     def _leave_behind(self, head: Head, others: list[ServerRecord]) -> None:
         new = [r for r in others if r.server_id not in self.behind]
-        self.behind |= {r.server_id for r in new}
+        self.behind |= {r.server_id: head.version for r in new}
         for r in new:
             self.tell(
                 f"{r.server_id} does not follow to version {head.version} "

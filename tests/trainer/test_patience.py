@@ -95,17 +95,18 @@ async def test_a_laggard_is_waited_for_once() -> None:
     async with asyncio.timeout(1):
         await waiting.followed(HEAD)
     assert len(said) == 1
-    # Once it holds a head again, it is waited for like any other.
+    # Once it has caught up, it is waited for like any other.
     waiting.servers = FakeTable([record("a"), record("b")]).servers
     await waiting.followed(HEAD)
-    assert waiting.behind == set()
+    assert waiting.behind == {}
 
 
 async def test_with_a_grace_the_others_have_that_much_more() -> None:
-    waiting, _ = patience([record("a"), record("b", 1)], wait_s=60.0)
+    waiting, said = patience([record("a"), record("b", 1)], wait_s=60.0)
     async with asyncio.timeout(2):
         holders = await waiting.followed(HEAD, all_within_s=0.1)
     assert [r.server_id for r in holders] == ["a"]
+    assert (said, waiting.behind) == ([], {})  # it is slower than others, and no worse
 
 
 async def test_enough_that_do_not_follow_are_an_error_that_says_what_they_say() -> None:
