@@ -212,7 +212,6 @@ async def connect(
             wait_s=fleet_settings.pause_s,
             status=say,
         )
-        stack.push_async_callback(publisher.close)
         yield Connections(
             coordinator=coordinator, publisher=publisher, patience=patience, fleet=fleet
         )

@@ -1,11 +1,12 @@
 """A version into the world: durable bytes first, announcement last (DESIGN.md section 6).
 
-What a training step waits for is the copy of its weights alone: encoding, storing and announcing can go on in the
-background, one version at a time and in order. Redis or the store being away makes a version wait, not the step.
+Nothing here needs the model: once its weights are copied, a step need not wait for encoding, storing and
+announcing. A Redis or a store that is away makes a version wait, for a bounded time.
 """
 
 import asyncio
 import tempfile
+import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -64,11 +65,8 @@ class Publisher:
         self._max_staleness, self._wait_s, self._status = max_staleness, wait_s, status
         self._base: Base | None = None
         self._last_anchor = -1
-        self._task: asyncio.Task[Head] | None = None
-        self._closed = False
+        self._turn = asyncio.Lock()
         self._reports: list[PublishReport] = []
-        self.head: Head | None = None
-        """Newest version that this process announced."""
 
     async def next_version(self, after: int = -1) -> int:
         """One more than every version that was begun in the store, announced, or that a live server knows.
@@ -85,7 +83,9 @@ class Publisher:
     async def publish(
         self, version: int, tensors: Mapping[str, Tensor], *, snapshot_s: float = 0.0
     ) -> Head:
-        """Write a version, then announce it; returns once it is announced.
+        """Write a version, then announce it. One version at a time: another call waits for its turn.
+
+        Cancelled, it leaves no version behind, or one that is whole and not announced.
 
         Args:
             version: higher than every version before.
@@ -97,50 +97,8 @@ class Publisher:
             LeaseError: another trainer has the run.
             CoordinationError: Redis was away too long.
         """
-        await self.start(version, tensors, snapshot_s=snapshot_s)
-        head = await self.finish()
-        assert head is not None
-        return head
-
-    async def start(
-        self, version: int, tensors: Mapping[str, Tensor], *, snapshot_s: float = 0.0
-    ) -> None:
-        """As `publish`, in the background; waits only until the version before is announced.
-
-        Raises:
-            SpokeError: what became of the version before; see `publish`.
-        """
-        await self.finish()
-        self._task = asyncio.create_task(self._publish(version, tensors, snapshot_s))
-
-    async def finish(self) -> Head | None:
-        """Wait until what was started is announced; the newest head of this process.
-
-        Raises:
-            SpokeError: as `publish`; each failure is raised once.
-        """
-        task = self._task
-        if task is not None:
-            try:
-                await task
-            finally:
-                self._task = None
-        return self.head
-
-    @property
-    def busy(self) -> bool:
-        """Is a version on its way? False once `finish` returns, or raises, at once."""
-        return self._task is not None and not self._task.done()
-
-    async def close(self) -> None:
-        """Give up what is on its way."""
-        self._closed = True
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait({self._task})
-            if not self._task.cancelled():
-                self._task.exception()  # its failure is known, or comes too late to matter
-            self._task = None
+        async with self._turn:
+            return await self._publish(version, tensors, snapshot_s)
 
     def reports(self) -> list[PublishReport]:
         """What the versions cost that were announced since the last call."""
@@ -173,7 +131,6 @@ class Publisher:
         )
         # Only now: a server that hears of a version must find its bytes.
         await self._patiently(lambda: self._lease.announce(head), f"announcing version {version}")
-        self.head = head
         announced = time.monotonic()
         self._reports.append(
             PublishReport.of(
@@ -201,15 +158,19 @@ class Publisher:
     async def _write(self, manifest: Manifest, folder: Path) -> None:
         """Files, then the lease once more, then the manifest: a trainer that was overtaken leaves no version."""
         loop = asyncio.get_running_loop()
+        given_up = threading.Event()
 
         def confirm() -> None:
-            if self._closed:  # a thread cannot be stopped at any other place
+            if given_up.is_set():  # a thread cannot be stopped in any other place
                 raise LeaseError(f"version {manifest.version} is given up")
             held = self._patiently(self._lease.check, f"version {manifest.version}")
             asyncio.run_coroutine_threadsafe(held, loop).result()
 
         try:
             await asyncio.to_thread(self._store.publish, manifest, folder, before_manifest=confirm)
+        except asyncio.CancelledError:
+            given_up.set()
+            raise
         except WeightsError:
             if not await asyncio.to_thread(self._is_stored, manifest):
                 raise
@@ -223,7 +184,7 @@ class Publisher:
 
     async def _patiently(self, call: Callable[[], Awaitable[None]], what: str) -> None:
         """Call until it works, or for `wait_s`: a Redis or a store that is away comes back."""
-        deadline = time.monotonic() + self._wait_s
+        deadline, said = time.monotonic() + self._wait_s, ""
         while True:
             try:
                 return await call()
@@ -236,7 +197,9 @@ class Publisher:
                 )
                 if refused or time.monotonic() > deadline:
                     raise
-                self._status(f"{what} waits: {error}")
+                if str(error) != said:
+                    said = str(error)
+                    self._status(f"{what} waits: {said}")
             await asyncio.sleep(min(RETRY_S, self._wait_s / 10))
 
     async def collect(self, newest: int) -> None:
