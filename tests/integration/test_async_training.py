@@ -17,12 +17,15 @@ from support import Quiet, running_redis
 
 from shared.errors import FleetError, WeightsError
 from shared.wire import RolloutTreeResponse
+from tests.numerics import naive
+from trainer import metrics
 from trainer import train as loop
+from trainer.algorithms import Segment
 from trainer.config import TrainSettings
 from trainer.data import Draw
 from trainer.packing import optimizer_batches
 from trainer.policy import load_policy
-from trainer.prepare import build_learner, questions_of
+from trainer.prepare import build_learner, off_policy_of, questions_of
 from trainer.requests import tree_request
 from trainer.rollouts import segments_of
 
@@ -383,3 +386,46 @@ async def test_a_version_that_cannot_be_stored_ends_the_run_with_that_reason(
     async with FakeFollower(redis_url, run_name).running():
         with pytest.raises(WeightsError, match="version 3"):
             await asyncio.wait_for(loop.train(settings, folder, InTheWay()), 60)
+
+
+async def test_servers_that_never_follow_end_the_run_within_the_bound(
+    redis_url: str, run_name: str, tiny_math: Path, tmp_path: Path
+) -> None:
+    """Step 2 may not be sampled before the fleet holds version 1: the run waits, says why, and stops."""
+    settings = settings_for(
+        redis_url, run_name, tiny_math, fleet={"max_staleness": 1, "wait_s": 0.5}
+    )
+    server = FakeFollower(redis_url, run_name)
+
+    def answers(request: dict[str, Any]) -> bool:
+        server.follows = "/step-" not in request["request_id"]
+        return True
+
+    server.may_answer = answers
+    async with server.running():
+        with pytest.raises(FleetError, match="version 1: 0 of at least 1 servers hold it"):
+            await asyncio.wait_for(loop.train(settings, tmp_path / "run", Quiet()), 60)
+    assert set(server.steps) == {"step-0", "step-1"}
+
+
+def test_the_correction_is_of_asynchronous_training_alone(tiny_math: Path) -> None:
+    def found(staleness: int, correction: str) -> str | None:
+        settings = settings_for(
+            "redis://r", "r", tiny_math, fleet={"max_staleness": staleness},
+            trainer={"correction": correction},
+        )  # fmt: skip
+        off_policy = off_policy_of(settings)
+        return off_policy and off_policy.correction
+
+    assert [found(0, "truncated"), found(1, "none")] == [None, None]
+    assert [found(1, "truncated"), found(3, "masked")] == ["truncated", "masked"]
+
+
+def test_staleness_counts_the_tokens_that_train() -> None:
+    tree = naive.make_tree([0, 0], [4, 2], [1.0, 0.0])
+    first = tree.nodes[1].model_copy(update={"versions": [(5, 1), (6, 3)]})
+    tree = tree.model_copy(update={"nodes": [tree.nodes[0], first, tree.nodes[2]]})
+    segments = [Segment(tree=tree, node_id=1, advantage=0.5)]
+    found = metrics.of_staleness(segments, 7)["staleness"]
+    assert found == {"mean": 1.25, "max": 2, "shares": {"1": 0.75, "2": 0.25}}
+    assert metrics.of_staleness([], 7)["staleness"] == {"mean": 0.0, "max": 0, "shares": {}}
