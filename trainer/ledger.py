@@ -58,7 +58,7 @@ class Ledger:
     def drop(self, reason: str, count: int = 1) -> None:
         """Count trees that will not train."""
         if count:
-            self.dropped[reason] += count
+            self.dropped[str(reason)] += count
 
     def as_json(self) -> dict[str, Any]:
         """What `resumed` reads."""
