@@ -9,7 +9,8 @@ SpokeError
 ├── EngineError            the engine failed, or is dead
 ├── WeightsError           bytes of a version are missing, damaged or do not fit the model
 └── CoordinationError      Redis is away, or refused
-    ├── LeaseError         another trainer holds the run, or our lease is gone
+    ├── LeaseError         our lease on the run is gone, or another trainer has trained it
+    │   └── LeaseHeldError another trainer holds the run
     └── FleetError         too few live servers, or they did not follow in time
 """
 
@@ -74,7 +75,22 @@ class CoordinationError(SpokeError):
 
 
 class LeaseError(CoordinationError):
-    """Another trainer holds the run, or our lease on it is gone."""
+    """Our lease on the run is gone, or another trainer has trained it."""
+
+
+class LeaseHeldError(LeaseError):
+    """Another trainer holds the run.
+
+    Args:
+        run: its name.
+        owner: who holds it.
+        left_s: seconds until its lease ends unless it is renewed, by Redis' clock.
+    """
+
+    def __init__(self, run: str, owner: str, left_s: float) -> None:
+        super().__init__(f"run {run!r} is being trained by {owner}; stop it, or use another --run")
+        self.owner = owner
+        self.left_s = left_s
 
 
 class FleetError(CoordinationError):
