@@ -61,7 +61,8 @@ def shrunk(before: World, w: World) -> str | None:
 def well(w: World) -> bool:
     """Every server is ready at the newest version that anybody who lives remembers, and Redis knows it.
 
-    That is the newest one announced, unless Redis restarted empty and all who knew died: then the next trainer's version, after what is in the store, is the next that servers hear of.
+    That is the newest one announced, unless Redis restarted empty and all who knew died: then servers next hear of
+    the next trainer's version, which is higher than what is in the store.
     """
     alive = [t.head for t in w.trainers if t.phase not in ("dead", "stopped")]
     heads = [s.standing.head for s in w.servers]
