@@ -8,6 +8,7 @@ SpokeError
 │   └── TreeTooLargeError  it is more than the reader takes
 ├── EngineError            the engine failed, or is dead
 ├── WeightsError           bytes of a version are missing, damaged or do not fit the model
+│   └── NeedsFullError     changed elements alone are of no use to the engine: it takes a full set
 └── CoordinationError      Redis is away, or refused
     ├── LeaseError         our lease on the run is gone, or another trainer has trained it
     │   └── LeaseHeldError another trainer holds the run
@@ -68,6 +69,10 @@ class EngineError(SpokeError):
 
 class WeightsError(SpokeError):
     """Weights that are missing, damaged, or do not fit the model; the old ones stay in place."""
+
+
+class NeedsFullError(WeightsError):
+    """A patch for an engine that holds other weights than the patch's base, or that takes full sets only."""
 
 
 class CoordinationError(SpokeError):
