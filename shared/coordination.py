@@ -12,7 +12,9 @@ from importlib.resources import files
 from typing import Any, Protocol, TypeVar
 
 import redis.asyncio
-from redis.exceptions import RedisError
+from redis.exceptions import AuthenticationError, RedisError
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from shared.errors import ConfigError, CoordinationError, LeaseError, LeaseHeldError
 from shared.fleet import Head, ServerRecord
@@ -50,8 +52,8 @@ class Leases(Protocol):
         """Set the head, once its bytes are durable; announcing the same head again changes nothing.
 
         Raises:
-            LeaseError: the lease is no longer ours.
-            CoordinationError: the version does not grow, or Redis is away.
+            LeaseError: the lease is no longer ours, or the version does not grow.
+            CoordinationError: Redis is away.
         """
         ...
 
@@ -99,6 +101,13 @@ def _script(name: str) -> str:
 def _pairs(head: Head) -> list[str]:
     """A head as the names and values of a Redis hash, in turn."""
     return [part for field in head.fields().items() for part in field]
+
+
+def is_away(error: CoordinationError) -> bool:
+    """May the same call go well later? Not where Redis answered, with a refusal."""
+    away = (OSError, RedisConnectionError, RedisTimeoutError)  # TimeoutError is an OSError
+    cause = error.__cause__
+    return isinstance(cause, away) and not isinstance(cause, AuthenticationError)
 
 
 class RedisCoordinator:
@@ -167,7 +176,7 @@ class RedisCoordinator:
     async def acquire_lease(self, owner: str) -> str:
         """See `Leases.acquire_lease`."""
         keys = [self._keys.lease, self._keys.fence]
-        args = [owner, int(LEASE_S * 1000), secrets.token_hex(8)]
+        args: list[str | int] = [owner, int(LEASE_S * 1000), secrets.token_hex(8)]
         taken, *answer = await self.script("acquire_lease", keys, args)
         if not taken:
             holder, left_ms = answer
@@ -185,14 +194,14 @@ class RedisCoordinator:
     async def announce(self, token: str, head: Head) -> None:
         """See `Leases.announce`."""
         keys = [self._keys.lease, self._keys.head, self._keys.events]
-        args = [token, head.version, head.manifest_digest, *_pairs(head)]
+        args: list[str | int] = [token, head.version, head.manifest_digest, *_pairs(head)]
         done, answer = await self.script("announce", keys, args)
         if not done and answer == "lease":
             raise LeaseError(
                 f"the lease on run {self._keys.run!r} is gone; version {head.version} is not announced"
             )
         if not done:
-            raise CoordinationError(
+            raise LeaseError(
                 f"version {head.version} cannot follow version {answer}, which is announced"
             )
 

@@ -8,6 +8,7 @@ SpokeError
 │   └── TreeTooLargeError  it is more than the reader takes
 ├── EngineError            the engine failed, or is dead
 ├── WeightsError           bytes of a version are missing, damaged or do not fit the model
+│   ├── RoomError          the disk has no room for them
 │   └── NeedsFullError     changed elements alone are of no use to the engine: it takes a full set
 └── CoordinationError      Redis is away, or refused
     ├── LeaseError         our lease on the run is gone, or another trainer has trained it
@@ -69,6 +70,10 @@ class EngineError(SpokeError):
 
 class WeightsError(SpokeError):
     """Weights that are missing, damaged, or do not fit the model; the old ones stay in place."""
+
+
+class RoomError(WeightsError):
+    """The disk has no room for a version's bytes: another source would not help."""
 
 
 class NeedsFullError(WeightsError):
