@@ -1,8 +1,8 @@
 """The trainer's end of a transfer group: a version, broadcast into the engines of its own cluster.
 
-A short cut for what is announced already: a server that is not in the group, or that a broadcast fails for, fetches
-the same version from the store. torch is all it needs: both ends meet in a store of torch.distributed and use its
-process groups (`server/engines/vllm_transfer_worker.py` has the other end).
+A short cut for what is announced already: a server that is not in the group, or that a broadcast fails for,
+fetches the same version from the store. torch is all it needs: both ends meet in a store of torch.distributed and
+use its process groups (`server/engines/vllm_transfer_worker.py` has the other end).
 """
 
 import asyncio
@@ -15,40 +15,14 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, TCPStore
 
-from shared.digests import sha256
 from shared.errors import WeightsError
-from shared.fleet import Head
-from shared.transfer import TransferBackend, TransferGroup, TransferOffer, TransferTensor
+from shared.manifest import Manifest
+from shared.transfer import TransferBackend, TransferGroup, TransferOffer
 
 JOIN = "/weight_transfer/join"
+CHECK = "/weight_transfer/check"
 RECEIVE = "/weight_transfer/receive"
 LEAVE = "/weight_transfer/leave"
-
-
-def offer_of(head: Head, tensors: Mapping[str, Tensor], *, verify: bool = True) -> TransferOffer:
-    """What a server must know of a version before its bytes come.
-
-    Args:
-        head: as announced.
-        tensors: by checkpoint name, in the published number format, in the order of the broadcast.
-        verify: see `TransferOffer`.
-    """
-    return TransferOffer(
-        version=head.version,
-        weights_digest=head.weights_digest,
-        verify=verify,
-        tensors=tuple(
-            TransferTensor(
-                name=name,
-                dtype=str(tensor.dtype).removeprefix("torch."),
-                shape=tuple(tensor.shape),
-                sha256=sha256(
-                    tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
-                ),
-            )
-            for name, tensor in tensors.items()
-        ),
-    )
 
 
 class Broadcast:
@@ -73,35 +47,43 @@ class Broadcast:
         self._client, self._servers, self._connection = client, tuple(servers), connection
         self._device, self._timeout_s = device, timeout_s
 
-    async def send(self, offer: TransferOffer, tensors: Mapping[str, Tensor]) -> None:
-        """Broadcast a version to every server of the group, once all are ready to receive.
+    async def send(
+        self, manifest: Manifest, tensors: Mapping[str, Tensor], *, verify: bool = True
+    ) -> None:
+        """Broadcast a version that is announced to every server of the group.
+
+        Args:
+            manifest: as announced.
+            tensors: the same weights by checkpoint name, in the published number format.
+            verify: see `TransferOffer`.
 
         Raises:
-            WeightsError: a server did not take it, or died: the group is broken and to be closed. The servers
-                that did not finish end, and come back with the version from the store.
+            WeightsError: a server would not or did not take it. Where the broadcast had begun the group is broken
+                and to be left: servers that did not finish end, and come back with the version from the store.
         """
-        async with asyncio.TaskGroup() as group:
-            answers = [
-                group.create_task(
-                    _post(
-                        self._client, url + RECEIVE, offer.model_dump(mode="json"), self._timeout_s
-                    )
-                )
-                for url in self._servers
-            ]
-            sent = group.create_task(asyncio.to_thread(self._broadcast, tensors))
-            # A server that refuses never joins the broadcast: whoever waits for it then waits for its bound.
-            await asyncio.wait([*answers, sent], return_when=asyncio.FIRST_EXCEPTION)
-        faults = [fault for answer in answers if (fault := answer.result()) is not None]
-        if (error := sent.result()) is not None:
-            faults.append(error)
-        if faults:
-            raise WeightsError(f"version {offer.version} was not broadcast: {faults[0]}")
-
-    def _broadcast(self, tensors: Mapping[str, Tensor]) -> str | None:
+        body = TransferOffer(manifest=manifest, verify=verify).model_dump(mode="json")
+        # All are asked before any byte goes: one that refuses later leaves the others waiting for it.
+        await self._ask(CHECK, body, manifest.version)
+        sending = asyncio.create_task(asyncio.to_thread(self._broadcast, manifest, tensors))
         try:
-            for tensor in tensors.values():
-                self._connection.broadcast(tensor.to(self._device).contiguous(), 0).wait()
+            await self._ask(RECEIVE, body, manifest.version)
+        finally:
+            fault = await sending
+        if fault is not None:
+            raise WeightsError(f"version {manifest.version} was not broadcast: {fault}")
+
+    async def _ask(self, path: str, body: object, version: int) -> None:
+        asked = (_post(self._client, url + path, body, self._timeout_s) for url in self._servers)
+        for fault in await asyncio.gather(*asked):
+            if fault is not None:
+                raise WeightsError(f"version {version} was not broadcast: {fault}")
+
+    def _broadcast(self, manifest: Manifest, tensors: Mapping[str, Tensor]) -> str | None:
+        """Every tensor in the manifest's order; returns what went wrong, or None."""
+        try:
+            for entry in manifest.tensors:
+                tensor = tensors[entry.name].detach().to(self._device).contiguous()
+                self._connection.broadcast(tensor, 0).wait()
         except RuntimeError as error:  # what torch raises when a peer is gone or a bound is over
             return str(error).partition("\n")[0]
         return None
@@ -172,7 +154,7 @@ def _open(
         if backend is TransferBackend.GLOO:
             return torch.distributed.ProcessGroupGloo(store, 0, size, bound)
         options = torch.distributed.ProcessGroupNCCL.Options()
-        options._timeout = bound  # noqa: SLF001 - it has no other name
+        options._timeout = bound
         return torch.distributed.ProcessGroupNCCL(store, 0, size, options)
     except RuntimeError as error:  # what torch raises when a peer does not come
         return str(error).partition("\n")[0]

@@ -228,6 +228,10 @@ class Transfer(Protocol):
         """Meet the trainer and the other engines; see `VllmTransfer.join`."""
         ...
 
+    def check(self, offer: TransferOffer) -> None:
+        """Raise WeightsError where a version could not be received now."""
+        ...
+
     async def receive(self, offer: TransferOffer) -> ApplyReport:
         """Take a version from the group between two decode steps; see `VllmTransfer.receive`."""
         ...

@@ -74,6 +74,8 @@ def start(settings: EngineSettings) -> tuple[AsyncLLM, EngineInfo]:
     built_for = "cpu" if CPU else "cuda"
     if settings.device not in ("auto", built_for):
         raise ConfigError(f"device {settings.device}: the vLLM installed here is for {built_for}")
+    if settings.weight_transfer == "nccl" and CPU:
+        raise ConfigError("--weight-transfer nccl: NCCL runs between GPUs; on a CPU use gloo")
     if settings.dtype not in ("auto", "float32", "bfloat16"):
         raise ConfigError(f"dtype {settings.dtype}: must be auto, float32 or bfloat16")
     if settings.model.startswith((".", "/")) and not Path(settings.model).is_dir():

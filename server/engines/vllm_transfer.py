@@ -1,4 +1,4 @@
-"""Weights by broadcast into a running vLLM: join a group, and take a version that the trainer sends to all of it."""
+"""Weights by broadcast into a running vLLM: join a group, and take a version that the trainer sends to it."""
 
 import asyncio
 from typing import Any
@@ -7,7 +7,7 @@ from server.engines.base import ApplyReport
 from server.engines.vllm_process import VllmProcess, our_errors
 from server.engines.vllm_weights import VllmWeights
 from shared.errors import EngineError, WeightsError
-from shared.transfer import TransferGroup, TransferOffer
+from shared.transfer import TORCH_NAMES, TransferBackend, TransferGroup, TransferOffer
 
 GRACE_S = 10.0
 """Beyond a group's own bounds, before a worker that does not answer is given up."""
@@ -21,9 +21,13 @@ class VllmTransfer:
     Args:
         process: vLLM, started with `weight_transfer`.
         weights: what it holds.
+        backend: what it was started for.
     """
 
-    def __init__(self, process: VllmProcess, weights: VllmWeights) -> None:
+    def __init__(
+        self, process: VllmProcess, weights: VllmWeights, backend: TransferBackend
+    ) -> None:
+        self._backend = backend
         self._process = process
         self._weights = weights
         self._group: TransferGroup | None = None
@@ -32,8 +36,13 @@ class VllmTransfer:
         """Meet the trainer and the other engines. The worker samples nothing until all are there.
 
         Raises:
+            WeightsError: the group is of another kind.
             EngineError: not all came within `group.timeout_s`; the engine serves on.
         """
+        if group.backend is not self._backend:
+            raise WeightsError(
+                f"backend: the group's is {group.backend}, this server's --weight-transfer {self._backend}"
+            )
         self._group = None
         info = group.model_dump(mode="json")
         with our_errors():
@@ -52,17 +61,21 @@ class VllmTransfer:
             EngineError: the transfer failed half-way, or gave other bytes than announced. The model's state is not
                 known then: vLLM is given up, and the next process takes its weights from the store.
         """
+        self.check(offer)
+        assert self._group is not None, "checked"
+        bound_s = self._group.timeout_s + GRACE_S + offer.nbytes / RATE
+        version, digest = offer.manifest.version, offer.manifest.weights_digest
+        return await self._weights.exchange(version, digest, lambda: self._write(offer), bound_s)
+
+    def check(self, offer: TransferOffer) -> None:
+        """Raise WeightsError where a version could not be received now. One that is held already is taken again,
+        since a server that stayed out would hold up the whole group."""
         if self._group is None:
             raise WeightsError("this server is in no transfer group: join one first")
-        if offer.version <= self._weights.version and self._weights.digest:
-            raise WeightsError(
-                f"version {offer.version} does not follow version {self._weights.version}, which is held"
-            )
-        size = sum(_bytes(tensor.dtype, tensor.shape) for tensor in offer.tensors)
-        bound_s = self._group.timeout_s + GRACE_S + size / RATE
-        return await self._weights.exchange(
-            offer.version, offer.weights_digest, lambda: self._write(offer), bound_s
-        )
+        version, digest = offer.manifest.version, offer.manifest.weights_digest
+        held, same = self._weights.version, self._weights.digest in ("", digest)
+        if version < held or (version == held and not same):
+            raise WeightsError(f"version {version} does not follow version {held}, which is held")
 
     async def leave(self) -> None:
         """Leave the group; the engine serves on."""
@@ -76,7 +89,8 @@ class VllmTransfer:
         Raises:
             Exception: it failed; the weights are neither the old nor the new ones.
         """
-        tensors = [(t.name, t.dtype, list(t.shape)) for t in offer.tensors]
+        entries = offer.manifest.tensors
+        tensors = [(t.name, TORCH_NAMES[t.dtype], list(t.shape)) for t in entries]
         await self._process.ask("start_weight_update")
         await self._process.ask("update_weights", {"tensors": tensors})
         await self._process.ask("finish_weight_update")
@@ -85,9 +99,8 @@ class VllmTransfer:
 
     async def _verify(self, offer: TransferOffer) -> None:
         """Compare what the model holds now with what was announced."""
-        (dtype,) = {tensor.dtype for tensor in offer.tensors}
-        live: dict[str, str] = await self._weights.digests_in_turn(dtype)
-        wrong = [t.name for t in offer.tensors if live.get(t.name) != t.sha256]
+        live = await self._weights.digests_in_turn(offer.manifest.dtype)
+        wrong = [t.name for t in offer.manifest.tensors if live.get(t.name) != t.sha256]
         if wrong:
             raise EngineError(f"{len(wrong)} tensors, {wrong[0]} first, are not the announced ones")
 
@@ -99,10 +112,3 @@ class VllmTransfer:
         except TimeoutError:
             reason = f"joining a transfer group took more than {bound_s + GRACE_S:.0f} s"
             raise self._process.give_up(f"vLLM is given up: {reason}") from None
-
-
-def _bytes(dtype: str, shape: tuple[int, ...]) -> int:
-    size = 4 if dtype == "float32" else 2
-    for side in shape:
-        size *= side
-    return size

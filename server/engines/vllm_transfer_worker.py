@@ -108,7 +108,7 @@ def open_group(info: SpokeInitInfo, local: int) -> ProcessGroup:
     if info.backend == "gloo":
         return torch.distributed.ProcessGroupGloo(store, rank, info.size, bound)
     options = torch.distributed.ProcessGroupNCCL.Options()
-    options._timeout = bound  # noqa: SLF001 - it has no other name
+    options._timeout = bound
     return torch.distributed.ProcessGroupNCCL(store, rank, info.size, options)
 
 

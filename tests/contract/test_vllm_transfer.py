@@ -1,24 +1,31 @@
-"""Weights by broadcast into a real vLLM engine: the whole way but NCCL itself, by gloo between CPUs."""
+"""Weights by broadcast into a real vLLM engine, over HTTP and gloo: the whole way but NCCL itself."""
 
 import asyncio
+import contextlib
 import warnings
 from collections.abc import AsyncIterator
-from dataclasses import replace
-from datetime import timedelta
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import httpx
 import pytest
-import pytest_asyncio
 import torch
 from safetensors.torch import load_file
-from torch.distributed import TCPStore
+from support import on_a_socket
 
-from server.engines.base import GenerateRequest
+from server.app import Holder, create_app
+from server.engines.base import Engine, GenerateRequest
 from server.engines.settings import EngineSettings
+from server.live import Live
+from server.states import CaughtUp, Heard
+from server.status import Status
+from shared.digests import sha256
 from shared.errors import EngineError, WeightsError
 from shared.fleet import Head
-from shared.transfer import TransferBackend, TransferGroup, TransferOffer
-from trainer.transfer import offer_of
+from shared.manifest import Manifest, TensorEntry
+from shared.transfer import TransferBackend
+from tests.server.weight_run import service_of
+from trainer.transfer import Broadcast, group
 
 pytestmark = [pytest.mark.vllm, pytest.mark.asyncio(loop_scope="session")]
 
@@ -28,18 +35,60 @@ ASK = GenerateRequest(
 Tensors = dict[str, torch.Tensor]
 
 
-@pytest_asyncio.fixture(loop_scope="session")
-async def engine(tiny_math: Path) -> AsyncIterator:
+@dataclass(frozen=True)
+class Served:
+    """A server that follows a run, which in this test announces by hand."""
+
+    engine: Engine
+    status: Status
+    client: httpx.AsyncClient
+    url: str
+
+    def announce(self, version: Manifest) -> None:
+        head = Head(
+            version=version.version,
+            manifest_digest=version.digest,
+            weights_digest=version.weights_digest,
+            store="file:///s",
+        )
+        self.status.note(Heard(head))
+
+    async def tokens(self) -> list[int]:
+        return (await self.engine.generate(ASK)).completions[0].token_ids
+
+    def met(self, timeout_s: float = 20.0) -> contextlib.AbstractAsyncContextManager[Broadcast]:
+        return group(
+            self.client,
+            [self.url],
+            backend=TransferBackend.GLOO,
+            address="127.0.0.1",
+            device=torch.device("cpu"),
+            timeout_s=timeout_s,
+        )
+
+
+@contextlib.asynccontextmanager
+async def served(model: Path) -> AsyncIterator[Served]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         from server.engines.vllm import open_engine
     engine = await open_engine(
         EngineSettings(
-            model=str(tiny_math), dtype="float32", seed=0, kv_cache_gib=0.25, weight_transfer="gloo"
+            model=str(model), dtype="float32", seed=0, kv_cache_gib=0.25, weight_transfer="gloo"
         )
     )
-    yield engine
-    await engine.close()
+    holder = Holder(Status(server_id="s"))
+    holder.status.note(CaughtUp())
+    holder.service = service_of(engine)
+    holder.live = Live(engine, holder.status)
+    try:
+        async with (
+            on_a_socket(create_app(holder, transfers=True)) as port,
+            httpx.AsyncClient(timeout=60.0) as client,
+        ):
+            yield Served(engine, holder.status, client, f"http://127.0.0.1:{port}")
+    finally:
+        await engine.close()
 
 
 @pytest.fixture(scope="module")
@@ -56,72 +105,101 @@ def moved(tensors: Tensors, seed: int) -> Tensors:
     }
 
 
-def offer(version: int, tensors: Tensors) -> TransferOffer:
-    digest = f"digest-{version}"
-    head = Head(version=version, manifest_digest="m", weights_digest=digest, store="file:///s")
-    return offer_of(head, tensors)
-
-
-async def met(engine, timeout_s: float = 20.0) -> torch.distributed.ProcessGroup:
-    """A group of this process and the engine."""
-    bound = timedelta(seconds=timeout_s)
-    store = TCPStore("127.0.0.1", 0, 2, is_master=True, wait_for_workers=False, timeout=bound)
-    group = TransferGroup(
-        backend=TransferBackend.GLOO, address="127.0.0.1", port=store.port, rank=1, size=2, timeout_s=timeout_s
-    )  # fmt: skip
-    opened = asyncio.to_thread(torch.distributed.ProcessGroupGloo, store, 0, 2, bound)
-    connection, _ = await asyncio.gather(opened, engine.transfer.join(group))
-    return connection
-
-
-async def send(connection, tensors: Tensors) -> None:
-    def broadcast() -> None:
-        for tensor in tensors.values():
-            connection.broadcast(tensor.contiguous(), 0).wait()
-
-    await asyncio.to_thread(broadcast)
-
-
-async def test_a_broadcast_reaches_the_live_tensors_under_running_requests_and_a_bad_one_ends_the_engine(
-    engine, old
-):
-    with pytest.raises(WeightsError, match="in no transfer group"):
-        await engine.transfer.receive(offer(1, old))
-    before = (await engine.generate(ASK)).completions[0]
-    connection = await met(engine)
-
-    # A version while a request runs: its tokens before are the old version's, those after it the new one's.
-    new, began = moved(old, 1), asyncio.Event()
-    running = asyncio.create_task(engine.generate(replace(ASK, on_news=lambda news: began.set())))
-    await asyncio.wait_for(began.wait(), 60)
-    report, _ = await asyncio.gather(engine.transfer.receive(offer(1, new)), send(connection, new))
-    crossing = (await running).completions[0]
-    assert (engine.version, engine.digest) == (1, "digest-1")
-    assert report.pause_s > report.apply_s > 0
-    assert [version for version, _ in crossing.versions] == [0, 1]
-    kept = crossing.versions[0][1]
-    assert crossing.token_ids[:kept] == before.token_ids[:kept]
-    expected = {tensor.name: tensor.sha256 for tensor in offer(1, new).tensors}
-    assert await engine.live_digests("float32") == expected
-    after = (await engine.generate(ASK)).completions[0]
-    assert after.token_ids != before.token_ids
-
-    # The group stays: the next version needs no new one. And back to the old weights: the same tokens again.
-    await asyncio.gather(engine.transfer.receive(offer(2, old)), send(connection, old))
-    assert (await engine.generate(ASK)).completions[0].token_ids == before.token_ids
-    with pytest.raises(WeightsError, match="version 2 does not follow version 2"):
-        await engine.transfer.receive(offer(2, new))
-
-    # Leave and meet again: a trainer that restarts makes a new group.
-    await engine.transfer.leave()
-    connection = await met(engine)
-
-    # Bytes that are not the announced ones are never sampled with.
-    waiting = asyncio.create_task(engine.died())
-    with pytest.raises(EngineError, match="are not the announced ones"):
-        await asyncio.gather(
-            engine.transfer.receive(offer(3, new)), send(connection, moved(old, 2))
+def manifest(version: int, tensors: Tensors) -> Manifest:
+    entries = tuple(
+        TensorEntry(
+            name=name,
+            dtype="F32",
+            shape=tuple(tensor.shape),
+            sha256=sha256(tensor.contiguous().numpy().tobytes()),
         )
-    assert "given up" in str(await asyncio.wait_for(waiting, 30))
-    with pytest.raises(EngineError, match="given up"):
-        await engine.generate(ASK)
+        for name, tensor in tensors.items()
+    )
+    return Manifest(run="r", version=version, dtype="float32", tensors=entries, files=()).seal()
+
+
+async def test_a_broadcast_reaches_the_live_weights_under_running_requests(tiny_math, old):
+    new = moved(old, 1)
+    first, again, wrong = manifest(1, new), manifest(2, old), manifest(3, new)
+    async with served(tiny_math) as server:
+        before = await server.tokens()
+        async with server.met() as broadcast:
+            # A trainer that lost its lease announces nothing, and so reaches nobody.
+            other = manifest(1, moved(old, 7))
+            server.announce(first)
+            with pytest.raises(
+                WeightsError, match=r"409.*version 1 is announced, not this version"
+            ):
+                await broadcast.send(other, new)
+            assert server.engine.version == 0
+
+            # While a request runs: its tokens before are the old version's, those after it the new one's.
+            began = asyncio.Event()
+            running = asyncio.create_task(
+                server.engine.generate(replace(ASK, on_news=lambda news: began.set()))
+            )
+            await asyncio.wait_for(began.wait(), 60)
+            await broadcast.send(first, new)
+            crossing = (await running).completions[0]
+            assert [version for version, _ in crossing.versions] == [0, 1]
+            kept = crossing.versions[0][1]
+            assert crossing.token_ids[:kept] == before[:kept]
+            assert (server.status.standing.version, server.status.standing.holds_head) == (1, True)
+            live = (await server.client.get(f"{server.url}/weights/live")).json()
+            assert (live["version"], live["live_digest"]) == (1, first.weights_digest)
+            assert await server.tokens() != before
+
+            # The group stays. Back to the old weights: the same tokens again.
+            server.announce(again)
+            await broadcast.send(again, old)
+            assert await server.tokens() == before
+            with pytest.raises(WeightsError, match=r"409"):
+                await broadcast.send(first, new)
+
+        with pytest.raises(WeightsError, match=r"409.*in no transfer group"):
+            await broadcast.send(again, old)
+
+        # A trainer that restarts makes a new group. Bytes other than the announced ones are never sampled with.
+        async with server.met() as broadcast:
+            server.announce(wrong)
+            with pytest.raises(WeightsError, match="are not the announced ones"):
+                await broadcast.send(wrong, moved(old, 2))
+        assert "given up" in str(await asyncio.wait_for(server.engine.died(), 30))
+        with pytest.raises(EngineError, match="given up"):
+            await server.tokens()
+        assert server.status.standing.version == 2
+
+
+async def test_a_trainer_that_dies_in_a_broadcast_ends_the_engine_and_one_that_never_comes_does_not(
+    tiny_math, old
+):
+    new = moved(old, 1)
+    version = manifest(1, new)
+    async with served(tiny_math) as server:
+        before = await server.tokens()
+        server.announce(version)
+        join = {
+            "backend": "gloo",
+            "address": "127.0.0.1",
+            "port": 1,
+            "rank": 1,
+            "size": 2,
+            "timeout_s": 2.0,
+        }
+        answer = await server.client.post(f"{server.url}/weight_transfer/join", json=join)
+        assert answer.status_code == 503
+        assert await server.tokens() == before
+
+        async with server.met(timeout_s=3.0) as broadcast:
+            part = version.model_copy(update={"tensors": version.tensors[:3]})
+            receiving = asyncio.create_task(
+                server.client.post(
+                    f"{server.url}/weight_transfer/receive",
+                    json={"manifest": version.model_dump(mode="json")},
+                )
+            )
+            assert await asyncio.to_thread(broadcast._broadcast, part, new) is None
+            answer = await receiving  # the rest never comes
+            assert answer.status_code == 503
+        assert "given up" in str(await asyncio.wait_for(server.engine.died(), 30))
+        assert server.status.standing.version == 0
