@@ -191,7 +191,7 @@ def shards_table() -> Rows:
 
 
 def nccl_table() -> Rows:
-    """Seconds from a step's end to sampling with it, and seconds without sampling, of both ways."""
+    """Seconds from the announcement to sampling with a version, and seconds without sampling, of both ways."""
     link, rows = (
         LINKS[0],
         [
@@ -207,7 +207,7 @@ def nccl_table() -> Rows:
     for name, parameters in MODELS.items():
         small = costs.delta(parameters)
         pause = costs.swap_s(small, parameters, costs.PLANNED)
-        total = small.encode_s + spread(small, link, 100) + small.decode_s + pause
+        total = spread(small, link, 100) + small.decode_s + pause
         broadcast = [duration(costs.PAUSE + small.full / rate) for rate in NCCL.values()]
         even = 8 * small.full / (total - costs.PAUSE) / 1e9
         rows.append([name, duration(total), duration(pause), *broadcast, f"{even:.0f} Gbit/s"])
