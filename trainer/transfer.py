@@ -9,11 +9,12 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Mapping, Sequence
 from datetime import timedelta
+from typing import Any
 
 import httpx
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined] # torch exports it silently
 
 from shared.errors import WeightsError
 from shared.manifest import Manifest
@@ -40,7 +41,7 @@ class Broadcast:
         self,
         client: httpx.AsyncClient,
         servers: Sequence[str],
-        connection: ProcessGroup,
+        connection: Any,  # noqa: ANN401 - torch gives the kinds of groups no common type
         device: torch.device,
         timeout_s: float,
     ) -> None:
@@ -146,10 +147,8 @@ async def group(
         await asyncio.gather(*(_post(client, url + LEAVE, {}, timeout_s) for url in servers))
 
 
-def _open(
-    store: TCPStore, backend: TransferBackend, size: int, bound: timedelta
-) -> ProcessGroup | str:
-    """This end of the process group, or why there is none."""
+def _open(store: TCPStore, backend: TransferBackend, size: int, bound: timedelta) -> Any:  # noqa: ANN401
+    """This end of the process group, or in words why there is none (torch gives the kinds no common type)."""
     try:
         if backend is TransferBackend.GLOO:
             return torch.distributed.ProcessGroupGloo(store, 0, size, bound)

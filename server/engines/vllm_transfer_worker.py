@@ -10,7 +10,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch.distributed import ProcessGroup, TCPStore
+from torch.distributed import TCPStore  # type: ignore[attr-defined] # torch exports it silently
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -35,7 +35,7 @@ class TransferLoader(WeightLoader):
 
 
 @dataclass
-class SpokeInitInfo(WeightTransferInitInfo):
+class SpokeInitInfo(WeightTransferInitInfo):  # type: ignore[misc] # vLLM's types are not read
     """See `shared.transfer.TransferGroup`."""
 
     backend: str
@@ -47,19 +47,20 @@ class SpokeInitInfo(WeightTransferInitInfo):
 
 
 @dataclass
-class SpokeUpdateInfo(WeightTransferUpdateInfo):
+class SpokeUpdateInfo(WeightTransferUpdateInfo):  # type: ignore[misc] # the same
     """Name, number format and shape of each tensor, in the order in which they are sent."""
 
     tensors: list[tuple[str, str, list[int]]]
 
 
-class SpokeTransferEngine(WeightTransferEngine[SpokeInitInfo, SpokeUpdateInfo]):
+class SpokeTransferEngine(WeightTransferEngine[SpokeInitInfo, SpokeUpdateInfo]):  # type: ignore[misc] # the same
     """Receives every tensor from rank 0 and loads it by vLLM's own loader, one at a time."""
 
     init_info_cls = SpokeInitInfo
     update_info_cls = SpokeUpdateInfo
 
-    _group: ProcessGroup | None = None
+    _group: Any = None
+    """A process group of torch.distributed, which gives its kinds no common type."""
 
     def init_transfer_engine(self, init_info: SpokeInitInfo) -> None:
         """Meet the trainer; the group before, if any, is left."""
@@ -95,7 +96,7 @@ class SpokeTransferEngine(WeightTransferEngine[SpokeInitInfo, SpokeUpdateInfo]):
         self._group = None
 
 
-def open_group(info: SpokeInitInfo, local: int) -> ProcessGroup:
+def open_group(info: SpokeInitInfo, local: int) -> Any:  # noqa: ANN401 - the kinds of groups have no common type
     """A process group over a store at rank 0; `trainer/transfer.py` has the other end.
 
     Args:
