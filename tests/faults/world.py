@@ -38,7 +38,7 @@ class Rules:
     restore: bool = True
     """A head that Redis lost is given back by whoever remembers it."""
     named_by_content: bool = True
-    """Files of one number and other content have other names."""
+    """A file never replaces one of the same number and other content."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
