@@ -375,7 +375,9 @@ async def test_tied_parameters_go_by_either_name(
     tensors = load_file(tiny_math / "model.safetensors")
     both = tmp_path / "both.safetensors"
     save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}, both)
-    with pytest.raises(WeightsError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+    with pytest.raises(
+        WeightsError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"
+    ):
         await engine.load_weights(Weights(version=1, digest="both", files=(both,)))
     head = tmp_path / "head.safetensors"
     tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
