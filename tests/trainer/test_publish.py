@@ -92,8 +92,7 @@ async def publishing(
     redis: RedisCoordinator, store: Store, **options: Any
 ) -> AsyncIterator[Publisher]:
     said = options.setdefault("status", lambda text: None)
-    newest = lambda: max(store.versions(), default=-1)  # noqa: E731
-    async with hold(redis, newest, redis.keys.run, said) as lease:
+    async with hold(redis, store.versions, redis.keys.run, said) as lease:
         yield Publisher(
             store=store, store_url=store.url, coordinator=redis, lease=lease, run="run",
             dtype="bfloat16", **options,
