@@ -154,13 +154,19 @@ def _encode_segment(base: Bits, new: Bits) -> bytes | None:
     changed = places_where(lambda part: base[part] != new[part], base.size)
     if not changed.size:
         return None
-    coarse = coarse_magnitudes(base.take(changed))
+    old = base.take(changed)
+    coarse = coarse_magnitudes(old)
     limit = choose_limit(base, coarse)
     below = ordered_below(base, limit)
-    ranks = find((below.bits != new.take(below.places)).take(below.order))
-    above = changed[coarse >= limit]
-    moved = np.concatenate([below.places.take(below.order.take(ranks)), above])
-    streams = [gaps_between(ranks), gaps_between(above), fold(base.take(moved), new.take(moved))]
+    new_below = new.take(below.places)
+    ranks = find((below.bits != new_below).take(below.order))
+    first, rest = below.order.take(ranks), find(coarse >= limit)
+    above = changed.take(rest)
+    moved = fold(
+        np.concatenate([below.bits.take(first), old.take(rest)]),
+        np.concatenate([new_below.take(first), new.take(above)]),
+    )
+    streams = [gaps_between(ranks), gaps_between(above), moved]
     packed = [to_planes(stream) for stream in streams]
     raw = b"".join(data for data, _ in packed)
     frame = zstandard.ZstdCompressor(level=LEVEL, write_content_size=False).compress(raw)
@@ -207,7 +213,7 @@ def _decode_segment(blob: memoryview, at: int, base: Bits) -> tuple[Patch, int]:
 
 
 def _below(base: Bits, limit: int, gaps: Bits, folded: Bits) -> tuple[Indices, Bits]:
-    """The changed places below the limit, ascending, and how far each moved: given by magnitude, sorted by place."""
+    """The changed places below the limit, ascending, and how far each moved; both are coded by magnitude."""
     places, _, order = ordered_below(base, limit)
     chosen = order.take(places_after(gaps, places.size))
     # Laid out over all places and found again: several times as fast as sorting.

@@ -18,7 +18,7 @@ _ORDERED_SHARE = 16
 """At most about one element in so many is ordered by magnitude: ordering takes time."""
 _ORDERING_COSTS = 0.05
 """Bits that ordering an element must save on average."""
-_SAMPLES = 1 << 15
+_SAMPLES = 1 << 13
 """Elements of a segment that are looked at to choose a limit."""
 _BLOCK = 1 << 20
 """Elements compared at once."""
