@@ -1,8 +1,8 @@
 """The full weights of one version that this server wrote for itself, so that the next versions start there.
 
 A chain grows by a delta with every version, up to the next anchor, and each new version would decode all of it
-again. Nobody else sees these files, no manifest names them, and they are not kept over a restart. Whatever is built
-upon them is compared with its manifest tensor by tensor, so damage is found, and then the anchor still is there.
+again. Nobody else sees these files, no manifest names them, and they are not kept over a restart. Whatever is
+built upon them is compared with its manifest tensor by tensor, so damage is found, and then the anchor is there.
 """
 
 import shutil

@@ -137,7 +137,7 @@ class Taker:
         )
 
     async def tidy(self) -> None:
-        """Make an anchor that came by its shortcut whole, delete what is not needed any more, shorten a long chain.
+        """Make an anchor that came by its shortcut whole, delete what is not needed, shorten a long chain.
 
         Between two versions, so that nothing is deleted that is being read. It may fail: the weights are in place.
         """
