@@ -47,11 +47,12 @@ class Rebuilt:
         if len(chain.deltas) < DELTAS or not self._has_room(chain):
             return
         folder = self._folder / chain.manifest.digest[:16]
+        shards: tuple[Path, ...] = ()
         try:
             shards = write_full(chain, folder)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
+        finally:
+            if not shards:
+                shutil.rmtree(folder, ignore_errors=True)
         self._replace(Held(manifest=chain.manifest, folder=folder, rebuilt=shards))
 
     def _has_room(self, chain: Chain) -> bool:
