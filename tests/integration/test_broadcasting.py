@@ -3,11 +3,10 @@
 1. The first version comes from the store, which proves that it fits; then versions come by broadcast.
 2. A broken group costs a line: the server takes that version from the store, as a patch on what was broadcast.
 3. The group is formed again for the next version, in the background as well.
-Each time the bytes in the engine's memory are the published ones, and the table says so at once.
+Each time the bytes in the engine's memory are the published ones.
 """
 
 import asyncio
-import time
 import uuid
 from pathlib import Path
 
@@ -83,19 +82,16 @@ async def test_versions_come_by_broadcast_and_from_the_store_where_that_breaks(
         ):
             tensors = load_file(tiny_math / "model.safetensors")
 
-            async def publish(version: int, how: str) -> float:
+            async def publish(version: int, how: str) -> None:
                 nonlocal tensors
                 tensors = moved(tensors, version)
-                begun = time.monotonic()
                 head = await to.publisher.publish(version, tensors)
                 await to.patience.followed(head)
-                took = time.monotonic() - begun
                 await assert_holds(client, to, head, tensors, how)
-                return took
 
             await publish(1, "full")
             said.clear()  # while it is taken, nobody serves
-            assert await publish(2, "broadcast") < 3.0  # acknowledged at once, not with a heartbeat
+            await publish(2, "broadcast")
             assert said == []
 
             (await client.post("/weight_transfer/leave")).raise_for_status()

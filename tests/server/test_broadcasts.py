@@ -82,7 +82,10 @@ class Slow:
 
 
 @pytest.fixture
-async def server(tmp_path: Path, redis_url: str) -> AsyncIterator[Server]:
+async def server(
+    tmp_path: Path, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Server]:
+    monkeypatch.setattr("server.follower.HEARTBEAT_S", 4.0)  # acknowledges nothing in these tests
     run = Run(tmp_path, redis_url)
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(run.coordinator.close)
@@ -107,7 +110,7 @@ async def test_what_comes_by_broadcast_is_not_fetched_and_acknowledged_at_once(
     head = await run.publish(max_staleness=None)
     assert (await server.post("check", head)).status_code == 200
     assert (await server.post("receive", head)).status_code == 200
-    async with asyncio.timeout(2.0):  # a heartbeat takes longer
+    async with asyncio.timeout(1.5):  # a heartbeat takes longer
         await server.member.holds(1)
     assert (server.loaded, server.member.holdings.versions()) == ([0], (0,))
     assert server.member.status.update.encoding == "broadcast"
