@@ -196,8 +196,9 @@ class Lease:
             with contextlib.suppress(CoordinationError):
                 await self._coordinator.renew_lease(token, release=True)
             raise LeaseError(
-                f"run {self._run!r} was trained by another trainer meanwhile: version {max(strange or known)} is not "
-                f"of this one, whose last is {self._last}; go on from the other's checkpoints, or use another --run"
+                f"run {self._run!r} was trained by another trainer meanwhile: version {max(strange or known)} "
+                f"is not of this one, whose last is {self._last}; go on from the other's checkpoints, or use "
+                "another --run"
             )
         self._token = token
 
