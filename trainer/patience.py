@@ -86,7 +86,7 @@ class Patience:
             records = await self._records()
             serving = sum(r.state.serves for r in records)
             if serving >= self.min_servers:
-                pause.end(f"{serving} servers serve; going on")
+                pause.end(f"enough servers serve ({serving}); going on")
                 return pause.said
             pause.wait_for_servers(records)
             await asyncio.sleep(PAUSED_POLL_S)
@@ -130,7 +130,7 @@ class Patience:
                 if late:
                     self._leave_behind(head, others)
                 if late or now > enough or all(r.server_id in self.behind for r in others):
-                    pause.end(f"{len(holders)} servers serve; going on")
+                    pause.end(f"enough servers serve ({len(holders)}); going on")
                     self._tell_changes({r.server_id for r in serving})
                     return holders
             if len(serving) < self.min_servers:

@@ -65,7 +65,7 @@ async def test_below_min_servers_it_pauses_says_so_once_and_goes_on() -> None:
     assert [r.server_id for r in await waiting.followed(HEAD)] == ["a", "b"]
     assert said == [
         "1 of 2 servers serve; waiting, at most 5 s",
-        "2 servers serve; going on",
+        "enough servers serve (2); going on",
     ]
 
 
