@@ -29,6 +29,7 @@ import torch
 from support import running_redis
 from torch import Tensor
 
+from shared import coordination
 from shared.chain import Chain, Held, write_full
 from shared.coordination import RedisCoordinator
 from shared.digests import sha256
@@ -326,6 +327,22 @@ async def test_a_number_that_is_taken_is_refused_at_once(
             with pytest.raises(WeightsError, match="in the store already"):
                 await publisher.publish(0, weights(1))
         assert (await redis.head() or Head).weights_digest == store.manifest(0).weights_digest  # type: ignore[union-attr]
+
+
+async def test_who_was_overtaken_hears_of_that_and_not_of_the_number(
+    redis: RedisCoordinator, redis_url: str, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was stopped for longer than its lease; the other one lives, and has used the number."""
+    monkeypatch.setattr(coordination, "LEASE_S", SHORT_LEASE_S)
+    other = RedisCoordinator(redis_url, redis.keys.run)
+    async with publishing(redis, store) as publisher:
+        await publisher.publish(0, weights(0))
+        await redis._redis.delete(redis.keys.lease)
+        async with publishing(other, Store(store.place.parent)) as overtakes:
+            await overtakes.publish(1, weights(2))
+            with pytest.raises(LeaseError, match="taken over"):
+                await publisher.publish(1, weights(1))
+    await other.close()
 
 
 async def test_of_two_publishers_of_one_version_one_succeeds(
