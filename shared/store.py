@@ -116,16 +116,28 @@ class WeightStore(WeightReader, Protocol):
         ...
 
     def versions(self) -> list[int]:
-        """Versions that have a manifest, ascending."""
+        """Versions that have a manifest, ascending: asks for each.
+
+        Raises:
+            WeightsError: the store is away; a version is never left out for that.
+        """
         ...
 
     def numbers(self) -> list[int]:
         """Versions that have a folder, ascending: a trainer that died while it published left one without a
-        manifest, and its number is not used again."""
+        manifest, and its number is not used again. One listing.
+
+        Raises:
+            WeightsError: the store is away.
+        """
         ...
 
     def delete(self, version: int) -> None:
-        """Remove a version, or what is there of one, its manifest first; nothing happens where there is none."""
+        """Remove a version, or what is there of one, its manifest first; nothing happens where there is none.
+
+        Raises:
+            WeightsError: the store is away, or refused.
+        """
         ...
 
 
@@ -143,6 +155,7 @@ class FsspecStore:
 
     Raises:
         ConfigError: the URL's protocol is unknown, its package is not installed, or it can only be read.
+        WeightsError: it connects at once, and cannot.
     """
 
     def __init__(self, url: str, run: str) -> None:
@@ -158,6 +171,9 @@ class FsspecStore:
             self._fs, root = fsspec.core.url_to_fs(url)
         except (ValueError, ImportError) as error:
             raise ConfigError(f"weight store {self.url!r}: {error}") from None
+        except OSError as error:
+            reason = str(error) or type(error).__name__
+            raise WeightsError(f"weight store {self.url} cannot be reached: {reason}") from error
         self._root = posixpath.join(root, run)
         self._run = run
         protocol = self._fs.protocol
@@ -176,7 +192,7 @@ class FsspecStore:
         return posixpath.join(self._root, version_folder(version), name)
 
     @contextlib.contextmanager
-    def _named(self, version: int) -> Iterator[None]:
+    def _named(self, what: str) -> Iterator[None]:
         """Errors of the store's own kind as ours."""
         try:
             yield
@@ -184,7 +200,7 @@ class FsspecStore:
             reason = str(error) or type(error).__name__
             if error.errno in FULL:
                 reason += "; free some room, or lower fleet.keep_versions"
-            raise WeightsError(f"weight store {self.url}: version {version}: {reason}") from error
+            raise WeightsError(f"weight store {self.url}: {what}: {reason}") from error
 
     def publish(
         self,
@@ -196,7 +212,7 @@ class FsspecStore:
         """See `WeightStore.publish`."""
         version = manifest.version
         extra = () if manifest.shortcut is None else manifest.shortcut.files
-        with self._named(version):
+        with self._named(f"version {version}"):
             if self._fs.exists(self._path(version, MANIFEST)):
                 raise self._taken(version)
             self._fs.makedirs(self._path(version), exist_ok=True)
@@ -318,25 +334,37 @@ class FsspecStore:
 
     def versions(self) -> list[int]:
         """See `WeightStore.versions`."""
-        self._fs.invalidate_cache()
-        found = self._fs.glob(posixpath.join(self._root, "v*", MANIFEST))
-        return _numbers(posixpath.dirname(str(path)) for path in found)
+        return [version for version in self.numbers() if self._has_manifest(version)]
+
+    def _has_manifest(self, version: int) -> bool:
+        with self._listed():
+            try:
+                # Neither `exists` nor `glob`: both take a store that is away for one that has nothing.
+                self._fs.info(self._path(version, MANIFEST))
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+        return True
 
     def numbers(self) -> list[int]:
         """See `WeightStore.numbers`."""
-        self._fs.invalidate_cache()
-        try:
-            found = self._fs.ls(self._root, detail=False)
-        except FileNotFoundError:
-            return []
+        with self._listed():
+            self._fs.invalidate_cache()
+            try:
+                found = self._fs.ls(self._root, detail=False)
+            except FileNotFoundError:  # nothing was published yet
+                return []
         return _numbers(str(path).rstrip("/") for path in found)
+
+    def _listed(self) -> contextlib.AbstractContextManager[None]:
+        remedy = "see that this machine reaches the store and may list it"
+        return self._named(f"run {self._run} cannot be listed ({remedy})")
 
     def delete(self, version: int) -> None:
         """See `WeightStore.delete`."""
-        with self._named(version):
-            if self._fs.exists(self._path(version, MANIFEST)):
+        with self._named(f"version {version}"):
+            with contextlib.suppress(FileNotFoundError):
                 self._fs.rm_file(self._path(version, MANIFEST))
-            if self._fs.exists(self._path(version)):
+            with contextlib.suppress(FileNotFoundError):
                 self._fs.rm(self._path(version), recursive=True)
 
 
