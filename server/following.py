@@ -12,10 +12,10 @@ from server.holdings import Holdings
 from server.service import RolloutService
 from server.settings import ServerSettings
 from server.taking import Taker
-from server.threads import in_daemon_thread
 from shared.coordination import RedisCoordinator
 from shared.errors import ConfigError
 from shared.open_store import open_store
+from shared.threads import in_daemon_thread
 
 
 async def open_follower(

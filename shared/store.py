@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 import fsspec
+from fsspec.callbacks import Callback
 
 from shared.digests import sha256_of
 from shared.errors import ConfigError, RoomError, WeightsError
@@ -102,6 +103,7 @@ class WeightStore(WeightReader, Protocol):
         folder: Path,
         *,
         before_manifest: Callable[[], None] = lambda: None,
+        moved: Callable[[], None] = lambda: None,
     ) -> None:
         """Make a version visible: its files first, its manifest last, and only once.
 
@@ -109,6 +111,7 @@ class WeightStore(WeightReader, Protocol):
             manifest: sealed; names the files, those of its shortcut included.
             folder: where the files lie on this machine.
             before_manifest: called between the two; what it raises leaves the version invisible.
+            moved: called whenever something has got there, a file or, in most stores, a part of one.
 
         Raises:
             WeightsError: the version exists already, or the store refused.
@@ -208,6 +211,7 @@ class FsspecStore:
         folder: Path,
         *,
         before_manifest: Callable[[], None] = lambda: None,
+        moved: Callable[[], None] = lambda: None,
     ) -> None:
         """See `WeightStore.publish`."""
         version = manifest.version
@@ -217,7 +221,8 @@ class FsspecStore:
                 raise self._taken(version)
             self._fs.makedirs(self._path(version), exist_ok=True)
             for entry in (*manifest.files, *extra):
-                self._put(version, entry, folder / entry.name)
+                self._put(version, entry, folder / entry.name, moved)
+                moved()
             before_manifest()
             # Last, and whole: a reader that sees the manifest must find every byte it names.
             try:
@@ -231,7 +236,7 @@ class FsspecStore:
             "a version number is never used for other bytes"
         )
 
-    def _put(self, version: int, entry: FileEntry, source: Path) -> None:
+    def _put(self, version: int, entry: FileEntry, source: Path, moved: Callable[[], None]) -> None:
         """Put one file, never over another one."""
         path = self._path(version, entry.name)
         if self._fs.exists(path):
@@ -242,7 +247,7 @@ class FsspecStore:
                 "died while it published, or one is publishing now; take the next number"
             )
         if not self._local:
-            self._fs.put_file(str(source), path)
+            self._fs.put_file(str(source), path, callback=_Moved(moved))
             return
         with self._partial(path) as partial:
             self._fs.put_file(str(source), partial)
@@ -366,6 +371,18 @@ class FsspecStore:
                 self._fs.rm_file(self._path(version, MANIFEST))
             with contextlib.suppress(FileNotFoundError):
                 self._fs.rm(self._path(version), recursive=True)
+
+
+class _Moved(Callback):
+    """Passes on that bytes have got there."""
+
+    def __init__(self, moved: Callable[[], None]) -> None:
+        super().__init__()
+        self._moved = moved
+
+    def call(self, *args: object, **kwargs: object) -> None:
+        """Called by fsspec after each part."""
+        self._moved()
 
 
 def _numbers(paths: Iterable[str]) -> list[int]:

@@ -1,11 +1,12 @@
 """Which old versions nobody needs any more."""
 
-import asyncio
+import threading
 from collections.abc import Collection, Mapping
 
 from shared.coordination import Coordinator
 from shared.errors import WeightsError
 from shared.store import WeightStore
+from trainer.storing import asked
 
 
 def superseded(versions: Mapping[int, bool], held: Collection[int], keep: int) -> list[int]:
@@ -54,10 +55,15 @@ class Collector:
         store: of the run.
         coordinator: knows the live servers.
         keep: newest versions that stay.
+        wait_s: longest that one collection may take.
     """
 
-    def __init__(self, *, store: WeightStore, coordinator: Coordinator, keep: int) -> None:
+    def __init__(
+        self, *, store: WeightStore, coordinator: Coordinator, keep: int, wait_s: float = 300.0
+    ) -> None:
         self._store, self._coordinator, self._keep = store, coordinator, keep
+        self._wait_s = wait_s
+        self._turn = threading.Lock()
         self._anchors: dict[int, bool] = {}
 
     async def collect(self, newest: int) -> None:
@@ -68,10 +74,19 @@ class Collector:
 
         Raises:
             CoordinationError: Redis is away.
-            WeightsError: the store is away.
+            WeightsError: the store is away, or hangs.
         """
         held = [record.version for record in await self._coordinator.servers() if record.digest]
-        await asyncio.to_thread(self._collect, newest, held)
+        place = f"weight store {self._store.url}"
+        await asked(place, self._wait_s, self._alone, newest, held)
+
+    def _alone(self, newest: int, held: list[int]) -> None:
+        if not self._turn.acquire(blocking=False):
+            raise WeightsError("the collection before, which had its time, still hangs")
+        try:
+            self._collect(newest, held)
+        finally:
+            self._turn.release()
 
     def _collect(self, newest: int, held: list[int]) -> None:
         versions = [version for version in self._store.versions() if version <= newest]

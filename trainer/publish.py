@@ -6,7 +6,6 @@ announcing. A Redis or a store that is away makes a version wait, for a bounded 
 
 import asyncio
 import tempfile
-import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -19,10 +18,12 @@ from shared.errors import CoordinationError, LeaseError, WeightsError
 from shared.fleet import Head
 from shared.manifest import Manifest
 from shared.store import WeightStore
+from shared.threads import in_daemon_thread
 from trainer.collection import Collector
 from trainer.encoding import EncodedVersion, encode_version
 from trainer.lease import Lease
 from trainer.publish_report import PublishReport
+from trainer.storing import StoreHangsError, asked, write
 
 RETRY_S = 1.0
 
@@ -52,7 +53,7 @@ class Publisher:
         keep: newest versions that stay in the store.
         anchor_every: versions from one anchor to the next.
         max_staleness: of the announced heads; see `Head`.
-        wait_s: bound of the wait for a store or a Redis that is away, each.
+        wait_s: bound of the wait for a store or a Redis that is away, or for a store in which nothing moves.
         status: shows what is waited for.
         broadcasts: the second way; None is the store alone.
     """
@@ -74,8 +75,9 @@ class Publisher:
         broadcasts: Broadcasts | None = None,
     ) -> None:
         self._store, self._store_url = store, store_url
+        self._place = f"weight store {store.url}"
         self._coordinator, self._lease = coordinator, lease
-        self._collector = Collector(store=store, coordinator=coordinator, keep=keep)
+        self._collector = Collector(store=store, coordinator=coordinator, keep=keep, wait_s=wait_s)
         self._run, self._dtype, self._anchor_every = run, dtype, anchor_every
         self._max_staleness, self._wait_s, self._status = max_staleness, wait_s, status
         self._broadcasts = broadcasts
@@ -88,11 +90,15 @@ class Publisher:
 
         Args:
             after: of a checkpoint; -1 without.
+
+        Raises:
+            WeightsError: the store is away, or hangs.
+            CoordinationError: Redis is away.
         """
         head = await self._coordinator.head()
         servers = await self._coordinator.servers()
         known = [v for r in servers for v in (r.version if r.digest else -1, r.head or -1)]
-        stored = await asyncio.to_thread(self._store.numbers)
+        stored = await asked(self._place, self._wait_s, self._store.numbers)
         return max([after, *stored, *known, -1 if head is None else head.version]) + 1
 
     async def publish(
@@ -130,7 +136,7 @@ class Publisher:
             prefix="spoke-publish-", ignore_cleanup_errors=True
         ) as scratch:
             folder = Path(scratch)
-            made = await asyncio.to_thread(self._encode, version, tensors, folder)
+            made = await in_daemon_thread(self._encode, version, tensors, folder)
             manifest = made.manifest
             encoded = time.monotonic()
             self._lease.begin(version)
@@ -180,26 +186,23 @@ class Publisher:
 
     async def _write(self, manifest: Manifest, folder: Path) -> None:
         """Files, then the lease once more, then the manifest: a trainer that was overtaken leaves no version."""
-        loop = asyncio.get_running_loop()
-        given_up = threading.Event()
 
-        def confirm() -> None:
-            if given_up.is_set():  # a thread cannot be stopped in any other place
-                raise LeaseError(f"version {manifest.version} is given up")
-            held = self._patiently(self._lease.check, f"version {manifest.version}")
-            asyncio.run_coroutine_threadsafe(held, loop).result()
+        async def check() -> None:
+            await self._patiently(self._lease.check, f"version {manifest.version}")
 
         try:
-            await asyncio.to_thread(self._store.publish, manifest, folder, before_manifest=confirm)
-        except asyncio.CancelledError:
-            given_up.set()
+            await write(
+                self._store, manifest, folder,
+                check=check, still_s=self._wait_s, status=self._status,
+            )  # fmt: skip
+        except StoreHangsError:
             raise
         except WeightsError as error:
-            if await asyncio.to_thread(self._is_stored, manifest):
+            if await asked(self._place, self._wait_s, self._is_stored, manifest):
                 return
             if not isinstance(error.__cause__, OSError):
                 # Refused: who was overtaken is told of that, and not of the number that the other one used.
-                await self._patiently(self._lease.check, f"version {manifest.version}")
+                await check()
             raise
 
     def _is_stored(self, manifest: Manifest) -> bool:
@@ -215,8 +218,8 @@ class Publisher:
         while True:
             try:
                 return await call()
-            except LeaseError:
-                raise
+            except (LeaseError, StoreHangsError):
+                raise  # who hung had all of `wait_s`
             except (CoordinationError, WeightsError) as error:
                 # A store that is away is an OSError below; any other refusal would be the same again.
                 refused = isinstance(error, WeightsError) and not isinstance(

@@ -61,11 +61,14 @@ def test_what_is_published_is_fetched(tmp_path: Path) -> None:
     ]
 
 
-def test_a_store_in_memory_works_too(tmp_path: Path) -> None:
+def test_a_store_in_memory_works_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = FsspecStore(f"memory://{tmp_path.name}", "run")
+    monkeypatch.setattr(store._fs, "blocksize", 16)
     path = shard(tmp_path / "made")
     manifest = describe([path], run="run", version=0, dtype="float32")
-    store.publish(manifest, path.parent)
+    moves: list[int] = []
+    store.publish(manifest, path.parent, moved=lambda: moves.append(1))
+    assert len(moves) > manifest.files[0].size // 16  # each part tells
     assert store.versions() == [0]
     verify_tensors(store.fetch(store.manifest(0), tmp_path / "fetched"), manifest)
 
@@ -277,7 +280,9 @@ def test_a_store_that_cannot_be_listed_is_away(
     assert store.versions() == [3]
     store.url = "sftp://host/store"
     monkeypatch.setattr(store._fs, call, away)
-    with pytest.raises(WeightsError, match=r"sftp://host/store: run run cannot be listed \(see that"):
+    with pytest.raises(
+        WeightsError, match=r"sftp://host/store: run run cannot be listed \(see that"
+    ):
         store.versions()
     if call == "ls":
         with pytest.raises(WeightsError, match="Input/output"):

@@ -3,7 +3,8 @@
 1. Files, then the lease once more, then the manifest, then the announcement, as seen from outside.
 2. A trainer that was overtaken on the way leaves no manifest, or one that nobody hears of.
 3. Redis emptied between two versions, or away during one: nothing is lost, and the wait has a bound.
-4. A store that is away is tried again; one that refuses is not. An attempt whose answer was lost counts.
+4. A store that is away is tried again; one that refuses is not. An attempt whose answer was lost counts. One that
+   hangs has a bound on the time in which nothing moves, and holds up neither Ctrl-C nor the end of the process.
 5. No number is used twice: of what was begun, announced, held or checkpointed, the next is above all.
 6. Of two publishers of one version, one succeeds, and the version is whole and that one's.
 7. Cancelled on the way, it leaves no manifest.
@@ -19,6 +20,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -56,14 +58,14 @@ class Store(FsspecStore):
         self.place = folder / "run"
 
     def publish(
-        self, manifest: Manifest, folder: Path, *, before_manifest: Callable[[], None]
+        self, manifest: Manifest, folder: Path, *, before_manifest: Callable[[], None], **rest: Any
     ) -> None:
         def between() -> None:
             self.hook("files")
             before_manifest()
 
         self.hook("begin")
-        super().publish(manifest, folder, before_manifest=between)
+        super().publish(manifest, folder, before_manifest=between, **rest)
         self.hook("done")
 
     def names(self, version: int) -> set[str]:
@@ -316,6 +318,59 @@ async def test_an_attempt_whose_answer_was_lost_counts(
     async with publishing(redis, store) as publisher:
         head = await publisher.publish(0, weights(0))
     assert await redis.head() == head
+
+
+async def test_a_store_that_hangs_has_a_bound(redis: RedisCoordinator, store: Store) -> None:
+    hangs = threading.Event()
+    said: list[str] = []
+
+    def hang(stage: str) -> None:
+        if stage == "files":
+            hangs.wait(BOUND_S)
+
+    async with publishing(redis, store, wait_s=0.5, status=said.append) as publisher:
+        store.hook = hang
+        async with asyncio.timeout(BOUND_S / 2):
+            with pytest.raises(WeightsError, match=r"version 0: nothing has moved for 0\.5 s"):
+                await publisher.publish(0, weights(0))
+        hangs.set()
+        async with asyncio.timeout(BOUND_S):
+            while any(thread.name == "spoke-work" for thread in threading.enumerate()):
+                await asyncio.sleep(0.01)
+        assert store.versions() == []  # who was left behind makes no manifest
+        for name, call in (("numbers", publisher.next_version), ("numbers", publisher.collect)):
+            hangs.clear()
+            setattr(store, name, lambda: [hangs.wait(BOUND_S)])
+            arguments = [0] if call == publisher.collect else []
+            async with asyncio.timeout(BOUND_S / 2):
+                with contextlib.suppress(WeightsError):
+                    await call(*arguments)
+                    assert "has not answered for 0.5 s" in said.pop()
+        await publisher.collect(0)
+        assert "still hangs" in said.pop()
+        hangs.set()
+
+
+async def test_a_slow_store_that_moves_is_waited_for(
+    redis: RedisCoordinator, tmp_path: Path
+) -> None:
+    class Slow(FsspecStore):
+        def publish(self, *args: Any, moved: Callable[[], None], **rest: Any) -> None:
+            for _ in range(6):
+                threading.Event().wait(0.3)
+                moved()
+            super().publish(*args, moved=moved, **rest)
+
+    store: Any = Slow(f"file://{tmp_path / 'store'}", "run")
+    async with publishing(redis, store, wait_s=1.2) as publisher:
+        await publisher.publish(0, weights(0))
+    assert store.versions() == [0]
+
+
+async def test_a_store_that_hangs_does_not_hold_up_an_interrupt(process: Any) -> None:
+    assert await says(process) == "files"  # and now it hangs
+    process.send_signal(signal.SIGINT)
+    assert await asyncio.to_thread(process.wait, BOUND_S) in (1, 130, -signal.SIGINT)
 
 
 async def test_a_number_that_is_taken_is_refused_at_once(
