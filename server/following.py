@@ -15,6 +15,7 @@ from server.taking import Taker
 from shared.coordination import RedisCoordinator
 from shared.errors import ConfigError
 from shared.open_store import open_store
+from shared.scratch import Scratch
 from shared.threads import in_daemon_thread
 
 
@@ -74,8 +75,9 @@ def _folders(settings: ServerSettings, stack: contextlib.AsyncExitStack) -> tupl
     """Where versions lie, and where patches lie until the engine has read them: on a disk, not in memory."""
     try:
         if settings.weights_dir is None:
-            made = tempfile.TemporaryDirectory(prefix="spoke-weights-", ignore_cleanup_errors=True)
-            folder = Path(stack.enter_context(made))
+            made = Scratch(Path(tempfile.gettempdir()), "spoke-weights-")
+            stack.callback(made.close)
+            folder = made.folder
         else:
             folder = settings.weights_dir
             folder.mkdir(parents=True, exist_ok=True)

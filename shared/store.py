@@ -97,6 +97,12 @@ class WeightReader(Protocol):
 class WeightStore(WeightReader, Protocol):
     """Where the bytes of a run's versions live."""
 
+    @property
+    def beside(self) -> Path | None:
+        """A folder of this machine out of which files are linked into the store, and not copied; None where the
+        store is elsewhere. What lies there is no version."""
+        ...
+
     def publish(
         self,
         manifest: Manifest,
@@ -188,6 +194,11 @@ class FsspecStore:
         """The store's root as a folder of this machine; None where it is none."""
         return Path(self._root).parent if self._local else None
 
+    @property
+    def beside(self) -> Path | None:
+        """See `WeightStore.beside`."""
+        return Path(self._root) if self._local else None
+
     def close(self) -> None:
         """See `WeightReader.close`; fsspec keeps its own connections."""
 
@@ -249,10 +260,14 @@ class FsspecStore:
         if not self._local:
             self._fs.put_file(str(source), path, callback=_Moved(moved))
             return
-        with self._partial(path) as partial:
-            self._fs.put_file(str(source), partial)
-            _sync(partial)
-            with contextlib.suppress(FileExistsError):  # our double, just now: the manifest decides
+        with contextlib.suppress(FileExistsError):  # our double, just now: the manifest decides
+            if source.is_relative_to(self._root):
+                _sync(str(source))
+                os.link(source, path)
+                return
+            with self._partial(path) as partial:
+                self._fs.put_file(str(source), partial)
+                _sync(partial)
                 os.link(partial, path)
 
     def _create(self, path: str, data: bytes) -> None:

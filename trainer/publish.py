@@ -5,11 +5,12 @@ announcing. A Redis or a store that is away makes a version wait, for a bounded 
 """
 
 import asyncio
+import contextlib
 import tempfile
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from shared.coordination import Coordinator
 from shared.errors import CoordinationError, LeaseError, WeightsError
 from shared.fleet import Head
 from shared.manifest import Manifest
+from shared.scratch import Scratch
 from shared.store import WeightStore
 from shared.threads import in_daemon_thread
 from trainer.collection import Collector
@@ -25,7 +27,13 @@ from trainer.lease import Lease
 from trainer.publish_report import PublishReport
 from trainer.storing import StoreHangsError, asked, write
 
+T = TypeVar("T")
+
 RETRY_S = 1.0
+CLOSE_S = 5.0
+"""Longest wait for a version's files to be deleted where they were made."""
+ENCODE_S = 3600.0
+"""Least bound of making a version's files: a disk may hang."""
 
 
 class Broadcasts(Protocol):
@@ -131,16 +139,17 @@ class Publisher:
     async def _publish(
         self, version: int, tensors: Mapping[str, Tensor], snapshot_s: float
     ) -> Head:
-        started = time.monotonic()
-        with tempfile.TemporaryDirectory(
-            prefix="spoke-publish-", ignore_cleanup_errors=True
-        ) as scratch:
-            folder = Path(scratch)
-            made = await in_daemon_thread(self._encode, version, tensors, folder)
-            manifest = made.manifest
-            encoded = time.monotonic()
+        started, name = time.monotonic(), f"version {version}"
+        made, scratch = await self._patiently(lambda: self._encoded(version, tensors), name)
+        manifest = made.manifest
+        encoded = time.monotonic()
+        try:
             self._lease.begin(version)
-            await self._patiently(lambda: self._write(manifest, folder), f"version {version}")
+            await self._patiently(lambda: self._write(manifest, scratch.folder), name)
+        finally:
+            with contextlib.suppress(TimeoutError):  # what is left is deleted by the next one
+                async with asyncio.timeout(CLOSE_S):
+                    await in_daemon_thread(scratch.close)
         # The version exists, whether or not it is announced: the next one may build on it.
         self._previous = made
         stored = time.monotonic()
@@ -171,18 +180,37 @@ class Publisher:
         )
         return head
 
-    def _encode(self, version: int, tensors: Mapping[str, Tensor], folder: Path) -> EncodedVersion:
-        previous = self._previous
-        return encode_version(
-            tensors,
-            run=self._run,
-            version=version,
-            dtype=self._dtype,
-            folder=folder,
-            previous=previous,
-            # The first of a process has nothing to start from, and is one too.
-            anchor_due=previous is None or previous.deltas + 1 >= self._anchor_every,
-        )
+    async def _encoded(
+        self, version: int, tensors: Mapping[str, Tensor]
+    ) -> tuple[EncodedVersion, Scratch]:
+        """A version in files: beside the store where that is a folder here, so that they need only be linked."""
+        bound = max(self._wait_s, ENCODE_S)
+        return await asked(self._place, bound, self._encode, version, tensors)
+
+    def _encode(
+        self, version: int, tensors: Mapping[str, Tensor]
+    ) -> tuple[EncodedVersion, Scratch]:
+        beside, previous = self._store.beside, self._previous
+        root = Path(tempfile.gettempdir()) if beside is None else beside
+        try:
+            scratch = Scratch(root, "spoke-publish-" if beside is None else ".publish-")
+        except OSError as error:
+            raise WeightsError(f"files of version {version}: {error}") from error
+        try:
+            made = encode_version(
+                tensors,
+                run=self._run,
+                version=version,
+                dtype=self._dtype,
+                folder=scratch.folder,
+                previous=previous,
+                # The first of a process has nothing to start from, and is one too.
+                anchor_due=previous is None or previous.deltas + 1 >= self._anchor_every,
+            )
+        except WeightsError:
+            scratch.close()
+            raise
+        return made, scratch
 
     async def _write(self, manifest: Manifest, folder: Path) -> None:
         """Files, then the lease once more, then the manifest: a trainer that was overtaken leaves no version."""
@@ -212,7 +240,7 @@ class Publisher:
         except WeightsError:
             return False
 
-    async def _patiently(self, call: Callable[[], Awaitable[None]], what: str) -> None:
+    async def _patiently(self, call: Callable[[], Awaitable[T]], what: str) -> T:
         """Call until it works, or for `wait_s`: a Redis or a store that is away comes back."""
         deadline, said = time.monotonic() + self._wait_s, ""
         while True:

@@ -155,6 +155,23 @@ async def test_bytes_are_durable_before_anyone_hears(redis: RedisCoordinator, st
     assert min(report.encode_s, report.store_s, report.announce_s) > 0
 
 
+async def test_a_store_on_this_machine_gets_no_second_copy(
+    redis: RedisCoordinator, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: set[int] = set()
+    store.hook = lambda stage: made.update(
+        path.stat().st_ino for path in store.place.glob(".publish-*/weights-*")
+    )
+    async with publishing(redis, store) as publisher:
+        await publisher.publish(0, weights(0))
+    (file,) = store.manifest(0).files
+    kept = (store.place / "v000000" / file.name).stat()
+    assert made == {kept.st_ino}
+    assert (kept.st_nlink, kept.st_mode & 0o777) == (1, 0o644)
+    assert [path.name for path in store.place.iterdir()] == ["v000000"]
+    verify_tensors(store.fetch(store.manifest(0), tmp_path / "fetched"), store.manifest(0))
+
+
 @pytest.mark.parametrize("stage", ["files", "done"])
 async def test_an_overtaken_trainer_announces_nothing(
     redis: RedisCoordinator, redis_url: str, store: Store, stage: str
@@ -225,6 +242,8 @@ async def test_a_trainer_killed_in_the_middle_leaves_a_number_that_is_skipped(
 ) -> None:
     assert await says(process) == "files"
     process.kill()
+    process.wait()
+    assert list(store.place.glob(".publish-*/weights-*"))
     said: list[str] = []
     async with publishing(redis, store, status=said.append) as publisher:
         assert any("to see whether it lives" in line for line in said)
@@ -233,6 +252,7 @@ async def test_a_trainer_killed_in_the_middle_leaves_a_number_that_is_skipped(
         await publisher.publish(version, weights(8))
         await publisher.collect(version)
         assert store.numbers() == store.versions() == [8]
+        assert [path.name for path in store.place.iterdir()] == ["v000008"]
 
 
 async def test_redis_emptied_between_two_versions(redis: RedisCoordinator, store: Store) -> None:
@@ -305,6 +325,23 @@ async def test_a_store_that_is_away_is_tried_again(redis: RedisCoordinator, stor
         "reset",
         "space",
     ]
+
+
+async def test_a_store_that_takes_no_folder_is_tried_again(
+    redis: RedisCoordinator, store: Store
+) -> None:
+    said: list[str] = []
+
+    def status(text: str) -> None:
+        said.append(text)
+        store.place.unlink(missing_ok=True)
+
+    store.place.parent.mkdir()
+    store.place.write_text("in the way")
+    async with publishing(redis, store, status=status) as publisher:
+        head = await publisher.publish(0, weights(0))
+    assert await redis.head() == head
+    assert "version 0 waits: files of version 0" in said[0]
 
 
 async def test_an_attempt_whose_answer_was_lost_counts(
