@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping
 
 from shared.coordination import Coordinator
 from shared.errors import WeightsError
+from shared.manifest import Manifest
 from shared.store import WeightStore
 from trainer.storing import asked
 
@@ -66,6 +67,10 @@ class Collector:
         self._turn = threading.Lock()
         self._anchors: dict[int, bool] = {}
 
+    def note(self, manifest: Manifest) -> None:
+        """A version that was published just now: the store need not be asked for it."""
+        self._anchors[manifest.version] = manifest.is_anchor
+
     async def collect(self, newest: int) -> None:
         """Delete the `superseded` versions, and what publishes that died left behind.
 
@@ -89,10 +94,15 @@ class Collector:
             self._turn.release()
 
     def _collect(self, newest: int, held: list[int]) -> None:
-        versions = [version for version in self._store.versions() if version <= newest]
-        partial = {v for v in self._store.numbers() if v < newest}.difference(versions)
-        found = {version: self._is_anchor(version) for version in versions}
-        self._anchors = {v: is_anchor for v, is_anchor in found.items() if is_anchor is not None}
+        numbers = [version for version in self._store.numbers() if version <= newest]
+        for gone in [v for v in self._anchors if v <= newest and v not in numbers]:
+            self._anchors.pop(gone)
+        # To ask for every manifest takes a call each: once a process, since its own versions are noted.
+        noted = self._anchors.keys() >= set(numbers)
+        whole = numbers if noted else [v for v in self._store.versions() if v <= newest]
+        partial = {version for version in numbers if version < newest}.difference(whole)
+        found = {version: self._is_anchor(version) for version in whole}
+        self._anchors |= {v: is_anchor for v, is_anchor in found.items() if is_anchor is not None}
         # One that cannot be read counts as no anchor: nobody can build on it, and less is deleted for it.
         known = {version: bool(is_anchor) for version, is_anchor in found.items()}
         for version in [*superseded(known, held, self._keep), *sorted(partial)]:

@@ -92,6 +92,7 @@ class Publisher:
         self._previous: EncodedVersion | None = None
         self._turn = asyncio.Lock()
         self._reports: list[PublishReport] = []
+        self._collecting: asyncio.Task[None] | None = None
 
     async def next_version(self, after: int = -1) -> int:
         """One more than every version that was begun in the store, announced, or that a live server knows.
@@ -152,6 +153,7 @@ class Publisher:
                     await in_daemon_thread(scratch.close)
         # The version exists, whether or not it is announced: the next one may build on it.
         self._previous = made
+        self._collector.note(manifest)
         stored = time.monotonic()
         head = Head(
             version=version,
@@ -261,7 +263,7 @@ class Publisher:
             await asyncio.sleep(min(RETRY_S, self._wait_s / 10))
 
     async def collect(self, newest: int) -> None:
-        """Delete from the store what no live server needs; see `Collector`.
+        """Delete from the store what no live server needs; see `Collector`. What goes wrong is a line of `status`.
 
         Args:
             newest: the newest version that is announced; nothing after it is touched.
@@ -271,3 +273,13 @@ class Publisher:
         except (CoordinationError, WeightsError, OSError) as error:
             # Away just now: the next call does it.
             self._status(f"old versions stay: {error}")
+
+    def collect_soon(self, newest: int) -> None:
+        """Let `collect` run beside whatever comes next; where one runs already, the next call does it."""
+        if self._collecting is None or self._collecting.done():
+            self._collecting = asyncio.create_task(self.collect(newest))
+
+    async def close(self) -> None:
+        """Wait for the collection that runs. It has a bound, and may be cancelled."""
+        if self._collecting is not None:
+            await self._collecting

@@ -663,6 +663,69 @@ async def test_collection_waits_for_a_redis_that_is_away(store: Store) -> None:
         await redis.close()
 
 
+async def test_collecting_asks_the_store_once(redis: RedisCoordinator, store: Store) -> None:
+    """One listing, however many versions are kept: an object store is asked over a network."""
+    calls: list[str] = []
+
+    def count(name: str) -> None:
+        plain = getattr(store, name)
+
+        def counted(*args: Any) -> Any:
+            calls.append(name)
+            return plain(*args)
+
+        setattr(store, name, counted)
+
+    for name in ("numbers", "versions", "manifest"):
+        count(name)
+    async with publishing(redis, store, keep=5) as publisher:
+        for version in range(8):
+            await publisher.publish(version, weights(version))
+            calls.clear()
+            if version < 5:
+                await publisher.collect(version)
+                assert calls == ["numbers"]
+        await publisher.collect(7)
+        assert store.versions() == [3, 4, 5, 6, 7]
+
+
+async def test_collecting_holds_nobody_up(redis: RedisCoordinator, store: Store) -> None:
+    hangs, asked, plain = threading.Event(), threading.Semaphore(0), store.numbers
+    said: list[str] = []
+
+    def numbers() -> list[int]:
+        asked.release()
+        hangs.wait(BOUND_S)
+        return plain()
+
+    async with publishing(redis, store, keep=1, status=said.append) as publisher:
+        for version in range(3):
+            await publisher.publish(version, weights(version))
+        store.numbers = numbers  # type: ignore[method-assign]
+        publisher.collect_soon(1)
+        publisher.collect_soon(2)  # never two at once
+        assert await asyncio.to_thread(asked.acquire, timeout=BOUND_S)
+        await publisher.publish(3, weights(3))
+        assert not asked.acquire(blocking=False)
+        hangs.set()
+        await publisher.close()
+        assert store.versions() == [1, 2, 3]
+        store.numbers = plain  # type: ignore[method-assign]
+        delete = store.delete
+        store.delete = away  # type: ignore[method-assign]
+        publisher.collect_soon(3)
+        await publisher.close()
+        assert said == ["old versions stay: away"]
+        store.delete = delete  # type: ignore[method-assign]
+        publisher.collect_soon(3)
+        await publisher.close()
+    assert store.versions() == [3]
+
+
+def away(version: int) -> None:
+    raise WeightsError("away")
+
+
 async def test_a_manifest_that_could_not_be_read_is_read_again(
     redis: RedisCoordinator, store: Store
 ) -> None:
