@@ -49,8 +49,19 @@ async def test_files_are_served_whole_and_in_part(versions: Versions) -> None:
         assert (head.status_code, head.headers["content-length"]) == (200, "300000")
         beyond = await client.get(FILE, headers={"Range": "bytes=300000-"})
         assert beyond.status_code == 416
-        said = (await client.get("/metrics")).text
-        assert f'spoke_store_sent_bytes_total{{run="{RUN}",version="0"}} 300010.0' in said
+        for version in (1, 2, 3):
+            versions.publish()
+            await client.get(f"/{RUN}/v{version:06d}/delta-0.zst")
+            await client.get(f"/{RUN}/v{version:06d}/manifest.json")
+        said = [
+            line
+            for line in (await client.get("/metrics")).text.splitlines()
+            if "bytes_total{" in line
+        ]
+        name = "spoke_store_sent_bytes_total"
+        assert f'{name}{{kind="full",run="{RUN}"}} 300010.0' in said
+        assert f'{name}{{kind="delta",run="{RUN}"}} 60000.0' in said
+        assert len(said) == 3, "a series for each version would never end"
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
