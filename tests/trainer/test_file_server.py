@@ -186,6 +186,15 @@ async def test_a_store_elsewhere_is_not_served(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no folder of this machine"):
         async with announced(settings, FsspecStore("memory://a", RUN), tmp_path):
             pass
+    secret = FsspecStore("memory://a", RUN)
+    secret.given = "sftp://me:secret@host/a"
+    for settings in (FleetSettings(), FleetSettings(advertise_store="sftp://me:secret@host/a")):
+        with pytest.raises(
+            ConfigError, match=r"'sftp://host/a': its password.*advertise_store"
+        ) as error:
+            async with announced(settings, secret, tmp_path):
+                pass
+        assert "secret" not in str(error.value)
     plain = FleetSettings(store="memory://a", advertise_store="s3://bucket/a")
     async with announced(plain, FsspecStore("memory://a", RUN), tmp_path) as url:
         assert url == "s3://bucket/a"
