@@ -388,7 +388,7 @@ class FsspecStore:
                 self._fs.rm(self._path(version), recursive=True)
 
 
-class _Moved(Callback):
+class _Moved(Callback):  # type: ignore[misc]  # fsspec has no types
     """Passes on that bytes have got there."""
 
     def __init__(self, moved: Callable[[], None]) -> None:

@@ -15,7 +15,7 @@ from typing import Protocol, TypeVar
 from torch import Tensor
 
 from shared.coordination import Coordinator
-from shared.errors import CoordinationError, LeaseError, WeightsError
+from shared.errors import CoordinationError, WeightsError
 from shared.fleet import Head
 from shared.manifest import Manifest
 from shared.scratch import Scratch
@@ -25,11 +25,10 @@ from trainer.collection import Collector
 from trainer.encoding import EncodedVersion, encode_version
 from trainer.lease import Lease
 from trainer.publish_report import PublishReport
-from trainer.storing import StoreHangsError, asked, write
+from trainer.storing import StoreHangsError, asked, patiently, write
 
 T = TypeVar("T")
 
-RETRY_S = 1.0
 CLOSE_S = 5.0
 """Longest wait for a version's files to be deleted where they were made."""
 ENCODE_S = 3600.0
@@ -243,24 +242,7 @@ class Publisher:
             return False
 
     async def _patiently(self, call: Callable[[], Awaitable[T]], what: str) -> T:
-        """Call until it works, or for `wait_s`: a Redis or a store that is away comes back."""
-        deadline, said = time.monotonic() + self._wait_s, ""
-        while True:
-            try:
-                return await call()
-            except (LeaseError, StoreHangsError):
-                raise  # who hung had all of `wait_s`
-            except (CoordinationError, WeightsError) as error:
-                # A store that is away is an OSError below; any other refusal would be the same again.
-                refused = isinstance(error, WeightsError) and not isinstance(
-                    error.__cause__, OSError
-                )
-                if refused or time.monotonic() > deadline:
-                    raise
-                if str(error) != said:
-                    said = str(error)
-                    self._status(f"{what} waits: {said}")
-            await asyncio.sleep(min(RETRY_S, self._wait_s / 10))
+        return await patiently(call, what, wait_s=self._wait_s, status=self._status)
 
     async def collect(self, newest: int) -> None:
         """Delete from the store what no live server needs; see `Collector`. What goes wrong is a line of `status`.

@@ -1,13 +1,14 @@
-"""Calls to a store that may hang, each with a bound, from threads that nobody waits for when the process ends."""
+"""Calls to a store that may be away, or hang: each has a bound, and a thread that nobody waits for at the end."""
 
 import asyncio
 import contextlib
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from shared.errors import LeaseError, WeightsError
+from shared.errors import CoordinationError, LeaseError, WeightsError
 from shared.manifest import Manifest
 from shared.store import WeightStore
 from shared.threads import in_daemon_thread
@@ -15,6 +16,7 @@ from shared.threads import in_daemon_thread
 P = ParamSpec("P")
 T = TypeVar("T")
 
+RETRY_S = 1.0
 STILL_S = 10.0
 """A store that does not move for so long is spoken of."""
 
@@ -43,6 +45,39 @@ async def asked(
         if not bound.expired():
             raise
         raise StoreHangsError(f"{what} has not answered for {bound_s:g} s") from error
+
+
+async def patiently(
+    call: Callable[[], Awaitable[T]], what: str, *, wait_s: float, status: Callable[[str], None]
+) -> T:
+    """The result of a call, made again for `wait_s`: a Redis or a store that is away comes back.
+
+    Args:
+        call: may be made again.
+        what: waits, for the message.
+        wait_s: bound of the wait.
+        status: told why it waits.
+
+    Raises:
+        LeaseError: another trainer has the run.
+        WeightsError: the store refused, or was away for longer.
+        CoordinationError: Redis was away for longer.
+    """
+    deadline, said = time.monotonic() + wait_s, ""
+    while True:
+        try:
+            return await call()
+        except LeaseError:
+            raise
+        except (CoordinationError, WeightsError) as error:
+            # A store that is away is an OSError below; any other refusal would be the same again.
+            refused = isinstance(error, WeightsError) and not isinstance(error.__cause__, OSError)
+            if refused or time.monotonic() > deadline:
+                raise
+            if str(error) != said:
+                said = str(error)
+                status(f"{what} waits: {said}")
+        await asyncio.sleep(min(RETRY_S, wait_s / 10))
 
 
 async def write(
