@@ -47,7 +47,7 @@ class Holdings:
     """A server's local store of fetched versions. One process at a time uses a folder.
 
     Opening it hashes what is there, `complete` what it gets, and `rebuild` everything: call those, `add` and
-    `prune` in a thread (`server.threads.in_daemon_thread`). The others are quick, from any thread.
+    `prune` in a thread (`shared.threads.in_daemon_thread`). The others are quick, from any thread.
 
     Args:
         folder: takes a folder of the run's name.

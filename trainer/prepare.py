@@ -223,6 +223,7 @@ async def connect(
         yield Connections(
             coordinator=coordinator, publisher=publisher, patience=patience, fleet=fleet
         )
+        await publisher.close()  # not after an error: whoever is interrupted waits for nothing
 
 
 def once(say: Callable[[str], None]) -> Callable[[str], None]:

@@ -8,6 +8,7 @@ from rich.table import Table
 
 from shared.coordination import RedisCoordinator
 from shared.fleet import Head, ServerRecord
+from shared.store_url import shown
 
 PIPED_WIDTH = 200
 """Columns where no terminal sets them: nothing is folded for whoever reads a pipe."""
@@ -17,7 +18,7 @@ def run(args: argparse.Namespace) -> int:
     """Print the fleet table."""
     head, records = asyncio.run(_look(args.redis_url, args.run))
     console = Console()
-    newest = "none announced" if head is None else f"{head.version} in {head.store}"
+    newest = "none announced" if head is None else f"{head.version} in {shown(head.store)}"
     console.print(f"run {args.run}: newest version {newest}", highlight=False, soft_wrap=True)
     show(head, records, console)
     return 0
@@ -47,13 +48,13 @@ def show(head: Head | None, records: list[ServerRecord], console: Console) -> No
 
 def table(head: Head | None, records: list[ServerRecord]) -> Table:
     """One row a live server."""
-    shown = Table()
+    made = Table()
     for column in ("server", "url", "state", "version", "behind", "trees", "tokens", "model"):
         wide = column in ("url", "model")
-        shown.add_column(column, no_wrap=not wide, overflow="fold" if wide else "ellipsis")
+        made.add_column(column, no_wrap=not wide, overflow="fold" if wide else "ellipsis")
     for record in records:
         lags = head is not None and not head.held_by(record)
-        shown.add_row(
+        made.add_row(
             record.server_id,
             record.url,
             str(record.state),
@@ -63,7 +64,7 @@ def table(head: Head | None, records: list[ServerRecord]) -> Table:
             f"{record.sampled_tokens:,}",
             f"{record.model} ({record.engine})",
         )
-    return shown
+    return made
 
 
 def held(head: Head | None, record: ServerRecord) -> str:
