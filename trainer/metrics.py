@@ -26,7 +26,9 @@ class MetricsLog:
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._stream = (folder / "metrics.jsonl").open("a", buffering=1)
+        path = folder / "metrics.jsonl"
+        _end_at_a_whole_line(path)
+        self._stream = path.open("a", buffering=1)
         self._board: Any = SummaryWriter(str(folder / "tensorboard"))
 
     def __enter__(self) -> Self:
@@ -46,6 +48,13 @@ class MetricsLog:
         self._stream.write(json.dumps({"step": step, **_finite(values)}) + "\n")
         for name, number in _numbers(values, ""):
             self._board.add_scalar(name, number, step)
+
+
+def _end_at_a_whole_line(path: Path) -> None:
+    """Cut off the half line that a killed run may have left: the next line would be lost with it."""
+    if path.exists():
+        with path.open("r+b") as stream:
+            stream.truncate(stream.read().rfind(b"\n") + 1)
 
 
 def last_line(folder: Path) -> dict[str, Any]:
