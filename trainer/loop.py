@@ -21,6 +21,7 @@ from trainer import checkpoints, metrics
 from trainer.algorithms import Segment
 from trainer.checkpoints import Progress
 from trainer.config import TrainSettings
+from trainer.ledger import Dropped
 from trainer.measuring import Measuring
 from trainer.packing import optimizer_batches
 from trainer.pipeline import Pipeline
@@ -60,6 +61,7 @@ class Trainer:
         total = self.settings.trainer.steps
         await self.publish(self.pipeline.first_version, wait=True)
         await self.measure("before")
+        unused = Dropped.STOPPED
         try:
             for step in range(self.progress.step, total):
                 if self.share >= 1:
@@ -69,8 +71,9 @@ class Trainer:
                 self.log.write(step + 1, values)
                 self.reporter.step(step + 1, total, values)
                 await self.finish_step(step + 1, before)
+            unused = Dropped.UNUSED
         finally:
-            await self.pipeline.close()
+            await self.pipeline.close(unused)
         await self.measure("after")
         return self.summary
 

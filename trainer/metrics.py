@@ -57,19 +57,6 @@ def _end_at_a_whole_line(path: Path) -> None:
             stream.truncate(stream.read().rfind(b"\n") + 1)
 
 
-def last_line(folder: Path) -> dict[str, Any]:
-    """The newest whole line of a run's metrics; empty where there is none. A killed run may leave half a line."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    for line in reversed(lines):
-        try:
-            found: dict[str, Any] = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        return found
-    return {}
-
-
 def _finite(value: Any) -> Any:  # noqa: ANN401  # any JSON value
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}

@@ -81,14 +81,17 @@ class Pipeline:
             )
         return rollout
 
-    async def close(self) -> None:
-        """Give up the trees that are in flight, and count them."""
+    async def close(self, reason: Dropped) -> None:
+        """Give up the trees that are in flight, and count them.
+
+        Args:
+            reason: why nothing becomes of them.
+        """
         for task in self._running.values():
             task.cancel()
         await asyncio.gather(*self._running.values(), return_exceptions=True)
         self._running.clear()
-        ledger = self.sampling.ledger
-        ledger.drop(Dropped.UNUSED, ledger.in_flight)
+        self.sampling.ledger.end(reason)
 
     async def _rollout(self, step: int) -> Rollout:
         assert self.publication is not None
@@ -97,4 +100,4 @@ class Pipeline:
         return await self.sampling.step(step, lowest)
 
     def _ask(self) -> None:
-        self.sampling.ledger.asked += self.sampling.settings.rollout.questions
+        self.sampling.ledger.ask(self.sampling.settings.rollout.questions)

@@ -270,6 +270,47 @@ async def test_a_resumed_run_trains_no_tree_twice_and_counts_what_was_lost(
     assert trees["asked"] == trees["trained"] + sum(trees["dropped"].values())
 
 
+@pytest.mark.parametrize("staleness", [0, 1])
+async def test_trees_that_were_in_flight_at_a_kill_are_counted(
+    redis_url: str, run_name: str, tiny_math: Path, tmp_path: Path, staleness: int
+) -> None:
+    """Asked for after the last line of metrics, replacements too; a kill writes nothing."""
+    settings = settings_for(
+        redis_url, run_name, tiny_math, fleet={"max_staleness": staleness},
+        trainer={"steps": 8, "checkpoint_every": 1}, rollout={"resample": 3, "timeout_s": 20.0},
+    )  # fmt: skip
+    folder, server, held = tmp_path / "run", FakeFollower(redis_url, run_name), []
+
+    def answers(request: dict[str, Any]) -> bool:
+        step = request["request_id"].split("/")[-2]
+        replacement = server.steps.count(step) > QUESTIONS and step not in ("step-0", "step-1")
+        if replacement and not held:
+            held.append(request["request_id"])
+        return request["request_id"] not in held
+
+    server.may_answer = answers
+    async with server.running():
+        training = asyncio.create_task(loop.train(settings, folder, Quiet()))
+        await server.until(lambda: bool(held) and lines_of(folder)[-1]["step"] > 1)
+        written = (folder / "ledger.json").read_bytes()
+        asked_at_last_line = lines_of(folder)[-1]["ledger"]["asked"]
+        asked = json.loads(written)["asked"]
+        training.cancel()
+        await asyncio.gather(training, return_exceptions=True)
+        stopped = json.loads((folder / "ledger.json").read_text())
+        (folder / "ledger.json").write_bytes(written)  # as a kill would have left it
+        held[:] = ["none"]
+        summary = await loop.train(settings, folder, Quiet(), resume=True)
+    assert asked > asked_at_last_line
+    assert stopped["in_flight"] == 0 < stopped["dropped"]["in flight when the run stopped"]
+    trees = summary.trees.as_json()
+    assert trees["asked"] == trees["trained"] + sum(trees["dropped"].values())
+    assert trees["asked"] >= len(server.steps)
+    assert trees["in_flight"] == 0
+    if not staleness:  # there every tree that is asked for is sent at once
+        assert trees["asked"] == len(server.steps)
+
+
 async def test_below_min_servers_the_run_pauses_and_goes_on(
     redis_url: str, run_name: str, tiny_math: Path, tmp_path: Path
 ) -> None:
