@@ -25,7 +25,7 @@ from shared.chain import Chain, write_full, write_patch
 from shared.digests import file_sha256
 from shared.errors import SpokeError, WeightsError
 from shared.fleet import Head
-from shared.manifest import FileEntry
+from shared.manifest import FileEntry, Manifest
 
 log = logging.getLogger("spoke.follower")
 
@@ -64,6 +64,10 @@ class Holds(Protocol):
         ...
 
 
+class _CameError(Exception):
+    """A broadcast was faster."""
+
+
 @dataclass(slots=True, kw_only=True)
 class Taker:
     """Takes versions into one engine, one at a time.
@@ -88,8 +92,8 @@ class Taker:
     _chain: Chain | None = field(default=None, init=False)
     """Of the weights in the engine, until it is tidied."""
 
-    async def take(self, head: Head) -> Update:
-        """Take a version and sample with it.
+    async def take(self, head: Head) -> Update | None:
+        """Take a version and sample with it; None where a broadcast brought it, or a later one, meanwhile.
 
         Raises:
             WeightsError: its bytes cannot be had, are wrong, or do not fit the model.
@@ -106,9 +110,8 @@ class Taker:
         work = await in_daemon_thread(self._work, head.version)
         try:
             weights, decode_s, report = await self._swapped(chain, work)
-            # Before anything else is awaited: who asks sees the engine and its digest agree.
-            self.status.note(Took(head.version, weights.digest))
-            self.status.manifest = chain.manifest
+        except _CameError:
+            return None
         finally:
             await in_daemon_thread(shutil.rmtree, work, ignore_errors=True)
         self._chain = chain
@@ -156,13 +159,17 @@ class Taker:
         return Path(tempfile.mkdtemp(prefix=f"v{version:06d}-", dir=self.folder))
 
     async def _swapped(self, chain: Chain, work: Path) -> tuple[Weights, float, ApplyReport]:
-        """What the engine took, the seconds that decoding took, and the swap's."""
+        """What the engine took, the seconds that decoding took, and the swap's.
+
+        Raises:
+            _CameError: the engine needs none of it any more.
+        """
         began = time.monotonic()
         patch = await self._decoded(self._patch, chain, work)
         decoded = time.monotonic()
         if patch is not None:
             try:
-                return patch, decoded - began, await self.engine.load_weights(patch)
+                return patch, decoded - began, await self._load(patch, chain.manifest)
             except WeightsError as error:
                 log.warning("%s; version %d is loaded whole", error, patch.version)
         retried = time.monotonic()
@@ -170,8 +177,19 @@ class Taker:
         return (
             full,
             time.monotonic() - retried + decoded - began,
-            await self.engine.load_weights(full),
+            await self._load(full, chain.manifest),
         )
+
+    async def _load(self, weights: Weights, manifest: Manifest) -> ApplyReport:
+        """Give the engine a version, and say so before anybody else may give it another."""
+        async with self.status.swaps.follower():
+            if not self.status.standing.grows(weights.version):
+                raise _CameError
+            report = await self.engine.load_weights(weights)
+            # Before anything else is awaited: who asks sees the engine and its digest agree.
+            self.status.note(Took(weights.version, weights.digest))
+            self.status.manifest = manifest
+        return report
 
     async def _decoded(self, decode: Callable[[Chain, Path], T], chain: Chain, work: Path) -> T:
         """In a thread of its own: nothing here may touch the engine."""
