@@ -185,13 +185,13 @@ class Trainer:
                 holders = await self.to.patience.followed(head)
             if self.publication is not None:
                 self.publication.held = version
-            await self.followed(head, holders)
+            self.followed(head, holders)
 
-    async def followed(self, head: Head, holders: Sequence[ServerRecord]) -> None:
+    def followed(self, head: Head, holders: Sequence[ServerRecord]) -> None:
         """A version is held by the fleet: note who holds it, and let go of what nobody needs."""
         for record in holders:
             self.summary.versions[record.server_id] = record.version
-        await self.to.publisher.collect(head.version)
+        self.to.publisher.collect_soon(head.version)
 
     async def finish_step(self, done: int, share_before: float) -> None:
         """Checkpoint and measure where it is time to."""

@@ -218,6 +218,7 @@ async def connect(
             status=say,
             broadcasts=broadcasts,
         )
+        stack.push_async_callback(publisher.close)
         yield Connections(
             coordinator=coordinator, publisher=publisher, patience=patience, fleet=fleet
         )

@@ -25,6 +25,8 @@ from trainer.lease import Lease
 from trainer.publish_report import PublishReport
 
 RETRY_S = 1.0
+COLLECTED_S = 5.0
+"""At the end of a run, for the last collection."""
 
 
 class Broadcasts(Protocol):
@@ -82,6 +84,8 @@ class Publisher:
         self._previous: EncodedVersion | None = None
         self._turn = asyncio.Lock()
         self._reports: list[PublishReport] = []
+        self._collecting: asyncio.Task[None] | None = None
+        self._collect_to: int | None = None
 
     async def next_version(self, after: int = -1) -> int:
         """One more than every version that was begun in the store, announced, or that a live server knows.
@@ -236,3 +240,28 @@ class Publisher:
         except (CoordinationError, WeightsError, OSError) as error:
             # Away just now: the next call does it.
             self._status(f"old versions stay: {error}")
+
+    def collect_soon(self, newest: int) -> None:
+        """`collect` in the background, one at a time; of those that wait, the newest alone.
+
+        Args:
+            newest: see `collect`.
+        """
+        self._collect_to = newest
+        if self._collecting is None or self._collecting.done():
+            self._collecting = asyncio.create_task(self._collect())
+
+    async def close(self) -> None:
+        """Let the collection that is under way end, for a bounded time."""
+        if self._collecting is not None:
+            await asyncio.wait({self._collecting}, timeout=COLLECTED_S)
+            self._collecting.cancel()
+            await asyncio.wait({self._collecting})
+
+    async def _collect(self) -> None:
+        while (newest := self._collect_to) is not None:
+            self._collect_to = None
+            try:
+                await self.collect(newest)
+            except Exception as error:  # nobody waits for it: whatever it is, it must be said
+                self._status(f"old versions stay: {error!r}")

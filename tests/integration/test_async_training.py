@@ -18,9 +18,10 @@ from support import Quiet, running_redis
 from shared.errors import FleetError, WeightsError
 from shared.wire import RolloutTreeResponse
 from tests.numerics import naive
-from trainer import metrics
+from trainer import metrics, publish
 from trainer import train as loop
 from trainer.algorithms import Segment
+from trainer.collection import Collector
 from trainer.config import TrainSettings
 from trainer.data import Draw
 from trainer.packing import optimizer_batches
@@ -447,6 +448,37 @@ async def test_servers_that_never_follow_end_the_run_within_the_bound(
         with pytest.raises(FleetError, match="version 1: 0 of at least 1 servers hold it"):
             await asyncio.wait_for(loop.train(settings, tmp_path / "run", Quiet()), 60)
     assert set(server.steps) == {"step-0", "step-1"}
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+async def test_collecting_old_versions_holds_up_no_step(
+    redis_url: str,
+    run_name: str,
+    tiny_math: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    staleness: int,
+) -> None:
+    settings = settings_for(
+        redis_url, run_name, tiny_math, fleet={"max_staleness": staleness, "keep_versions": 1}
+    )
+    begun: list[int] = []
+
+    async def collect(self: Collector, newest: int) -> None:
+        begun.append(newest)
+        if len(begun) == 1:
+            raise ValueError("of no kind that is foreseen")
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(Collector, "collect", collect)
+    monkeypatch.setattr(publish, "COLLECTED_S", 0.1)
+    reporter = Quiet()
+    async with FakeFollower(redis_url, run_name).running():
+        summary = await asyncio.wait_for(loop.train(settings, tmp_path / "run", reporter), 60)
+    assert summary.steps == 4
+    assert begun[0] == 0
+    assert len(begun) == 2, "one at a time"
+    assert any("old versions stay: ValueError" in line for line in reporter.said)
 
 
 def test_the_correction_is_of_asynchronous_training_alone(tiny_math: Path) -> None:
