@@ -34,7 +34,7 @@ from trainer.rollouts import segments_of
 from trainer.update import Learner, UpdateReport
 
 NOT_TRAINING = frozenset({"measure", "checkpoint"})
-"""Phases that no budget counts."""
+"""Phases that no budget counts: no tree of training is in flight in any of them."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -87,6 +87,11 @@ class Trainer:
             progress.seconds / (settings.budget_seconds or math.inf),
         )
 
+    @property
+    def seconds(self) -> float:
+        """Spent on training so far."""
+        return self.earlier_seconds + self.summary.seconds_of_training(NOT_TRAINING)
+
     async def step(self, step: int) -> dict[str, Any]:
         """One iteration; returns its metrics."""
         before = dict(self.summary.seconds)
@@ -110,7 +115,7 @@ class Trainer:
             self.progress,
             step=step + 1,
             sampled_tokens=self.progress.sampled_tokens + sampled["tokens"]["sampled"],
-            seconds=self.earlier_seconds + self.summary.seconds_of_training(NOT_TRAINING),
+            seconds=self.seconds,
         )
         if self.share < 1:
             self.pipeline.admit(step + 1)
@@ -198,8 +203,12 @@ class Trainer:
         settings = self.settings
         last = done == settings.trainer.steps or self.share >= 1
         every = settings.trainer.checkpoint_every
+        if last:
+            await self.pipeline.close(Dropped.UNUSED)
         if last or (every and done % every == 0):
-            with self.summary.phase("checkpoint"):
+            # Where trees grow meanwhile, training goes on.
+            beside = "checkpoint" if self.pipeline.idle else "checkpoint beside rollouts"
+            with self.summary.phase(beside):
                 await asyncio.to_thread(
                     checkpoints.save,
                     self.summary.folder,
@@ -214,13 +223,23 @@ class Trainer:
             await self.measure("during")
 
     async def measure(self, label: str) -> None:
-        """Held-out accuracy of the policy as it stands; trees of later steps go on meanwhile."""
-        during = label == "during"
+        """Held-out accuracy of the policy as it stands, once its version is held and no tree is in flight.
+
+        Both waits are training. Trees that grew on while nobody counts seconds would make training ahead of itself
+        look quicker than it is, and take the servers from the measurement.
+        """
+        during, progress = label == "during", self.progress
+        if self.publication is not None and label != "before":
+            self.reporter.status("waiting for the fleet, before a measurement")
+            with self.summary.phase("wait for fleet"):
+                await self.publication.settled()
+            # As in synchronous training, where a step ends once its version is held.
+            progress = replace(progress, seconds=self.seconds)
+            with self.summary.phase("rollout"):
+                await self.pipeline.quiet()
         count = len(self.measuring.questions(during=during))
         self.reporter.status(f"measuring {count} held-out questions")
         with self.summary.phase("measure"):
-            if self.publication is not None:
-                await self.publication.settled()
-            measurement = await self.measuring.measure(self.progress, during=during)
+            measurement = await self.measuring.measure(progress, during=during)
         self.summary.measurements.append(measurement)
         self.reporter.measured(label, measurement)

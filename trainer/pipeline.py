@@ -81,6 +81,16 @@ class Pipeline:
             )
         return rollout
 
+    @property
+    def idle(self) -> bool:
+        """Is no tree in flight?"""
+        return all(task.done() for task in self._running.values())
+
+    async def quiet(self) -> None:
+        """Wait until no tree is in flight. What went wrong with them is raised where they are taken."""
+        if self._running:
+            await asyncio.wait(self._running.values())
+
     async def close(self, reason: Dropped) -> None:
         """Give up the trees that are in flight, and count them.
 

@@ -6,6 +6,7 @@ The servers are fakes that make trees up from the request alone: what the loop d
 import asyncio
 import json
 import random
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -155,6 +156,44 @@ async def test_rollouts_run_ahead_by_the_capacity_and_never_more(
     assert written["trees"]["asked"] == 18
     published = [report["version"] for line in reporter.steps for report in line["published"]]
     assert published == sorted(set(published))
+
+
+async def test_no_tree_grows_while_nobody_counts_seconds(
+    redis_url: str, run_name: str, tiny_math: Path, tmp_path: Path
+) -> None:
+    """Measured after each step; every tree takes a while, which counts as if it had been waited for at once."""
+    settings = settings_for(
+        redis_url, run_name, tiny_math, fleet={"max_staleness": 1},
+        trainer={"steps": 4, "checkpoint_every": 2}, evaluation={"every": 1},
+    )  # fmt: skip
+    server, came, growing, beside = FakeFollower(redis_url, run_name), {}, set(), []
+    tree_s = 0.4
+
+    def answers(request: dict[str, Any]) -> bool:
+        id_ = request["request_id"]
+        if "/eval-" in id_:
+            beside.append(len(growing))
+            return True
+        growing.add(id_)
+        if time.monotonic() - came.setdefault(id_, time.monotonic()) < tree_s:
+            return False
+        growing.discard(id_)
+        return True
+
+    server.may_answer = answers
+    async with server.running():
+        summary = await loop.train(settings, tmp_path / "run", Quiet())
+    assert len(beside) > 8
+    assert set(beside) == {0}
+    seconds = [measurement.seconds for measurement in summary.measurements]
+    assert seconds == sorted(seconds)
+    assert seconds[0] == 0
+    # Steps 1 and 2 are sampled side by side, and each of the others by itself.
+    assert seconds[-1] > 3 * tree_s
+    counted = sum(
+        s for phase, s in summary.seconds.items() if phase not in ("measure", "checkpoint")
+    )
+    assert seconds[-1] == pytest.approx(counted)
 
 
 async def test_trees_older_than_allowed_are_dropped_and_counted(
