@@ -270,7 +270,7 @@ class RolloutService:
         answer = partial(self._answer, request, request_id, root, grading, continuations, timing)
         large = continuations.counts.cost.tokens >= OFF_LOOP_TOKENS
         tree = await asyncio.to_thread(answer) if large else answer()
-        self._count(tree, arrived, continuations.counts.decisions)
+        self._count(tree, arrived, continuations.counts)
         return tree
 
     async def _sampled(
@@ -286,7 +286,9 @@ class RolloutService:
 
         async def grow() -> Branch:
             nonlocal own
-            own = replace(continuations, counts=Counts())
+            before = own.counts
+            own = replace(continuations, counts=Counts(), watched=request.in_flight == "restart")
+            own.counts.discarded = before.discarded + before.sampled + before.unfinished
             return await sample(
                 request.plan,
                 own,
@@ -321,6 +323,7 @@ class RolloutService:
     ) -> RolloutTreeResponse:
         """What was sampled and graded, as it goes over the wire."""
         prompt, counts = continuations.prompt, continuations.counts
+        given = sum(len(node.token_ids) for node in request.given)
         tokens = self.tokens if request.return_text else None
         nodes = wire_nodes(root, prompt, grading.grades, tokens)
         versions = [v for node in nodes for v, _ in node.versions] or [self.engine.version]
@@ -333,6 +336,7 @@ class RolloutService:
                 prompt_tokens=len(prompt),
                 sampled_tokens=counts.sampled,
                 given_tokens=counts.given_tokens,
+                discarded_tokens=counts.discarded + given - counts.given_tokens,
                 computed_prefill_tokens=counts.computed_prefill,
                 cached_tokens=counts.cached,
             ),
@@ -357,12 +361,13 @@ class RolloutService:
 
         return told
 
-    def _count(self, tree: RolloutTreeResponse, arrived: float, decisions: int) -> None:
+    def _count(self, tree: RolloutTreeResponse, arrived: float, counts: Counts) -> None:
         usage, metrics = tree.usage, self.metrics
         self.status.sampled_tokens += usage.sampled_tokens
         metrics.sampled.inc(usage.sampled_tokens)
         metrics.given.inc(usage.given_tokens)
-        if decisions:
+        metrics.discarded.inc(counts.discarded)
+        if counts.decisions:
             metrics.saved.inc()
         metrics.prefill.labels("computed").inc(usage.computed_prefill_tokens)
         metrics.prefill.labels("cached").inc(usage.cached_tokens)

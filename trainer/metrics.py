@@ -104,7 +104,10 @@ def of_trees(trees: Sequence[RolloutTreeResponse]) -> dict[str, Any]:
         "reward_errors": sum(leaf.reward_error is not None for leaf in leaves),
         "tokens": {
             "prompt": sum(tree.usage.prompt_tokens for tree in trees),
-            "sampled": sum(tree.usage.sampled_tokens for tree in trees),
+            # At every server that had a part in it: trees move, and are begun anew.
+            "sampled": sum(tree.usage.spent_tokens for tree in trees),
+            "given": sum(tree.usage.given_tokens for tree in trees),
+            "discarded": sum(tree.usage.discarded_tokens for tree in trees),
             "prefilled": sum(tree.usage.computed_prefill_tokens for tree in trees),
             "cached": sum(tree.usage.cached_tokens for tree in trees),
         },
