@@ -134,9 +134,19 @@ class RolloutService:
                 return await make()
             # Of what is asked for: given nodes are what another attempt has got of the same tree.
             digest = sha256(request.model_dump_json(exclude={"given"}).encode())
+            caller = self._keeper(request, request_id, caller)
             if (caller, request_id) in self._once:  # asked for only now: two may come at one moment
                 ended.well = "repeated"
             return await self._once.get(request_id, digest, make, caller)
+
+    def _keeper(self, request: RolloutTreeRequest, request_id: str, caller: str) -> str:
+        """For whom the tree is kept: one with given nodes, for those of the caller who give the very same ones.
+
+        Given nodes are believed; so they must reach nobody else, who may use the same token and the same id.
+        """
+        if not request.given or (caller, request_id) in self._once:
+            return caller
+        return f"{caller} {sha256(request.model_dump_json(include={'given'}).encode())}"
 
     def hand_back(self) -> int:
         """Give up every tree that still grows; their callers are told to ask another server. How many."""
@@ -286,7 +296,7 @@ class RolloutService:
 
         async def grow() -> Branch:
             nonlocal own
-            before = own.counts
+            before, version = own.counts, self.engine.version
             own = replace(continuations, counts=Counts(), watched=request.in_flight == "restart")
             own.counts.discarded = before.discarded + before.sampled + before.unfinished
             return await sample(
@@ -294,7 +304,7 @@ class RolloutService:
                 own,
                 savings=request.savings,
                 grading=grading,
-                given=usable(request, self.engine.version),
+                given=usable(request, version, max(version, self.status.standing.newest)),
                 on_branch=on_branch,
             )
 
