@@ -9,7 +9,6 @@ from typing import TypeVar
 
 from server.holdings import Holdings
 from server.planning import Step, plan
-from server.threads import in_daemon_thread
 from server.turns import Turns
 from shared.chain import Chain
 from shared.coordination import RedisCoordinator
@@ -19,6 +18,7 @@ from shared.manifest import Manifest
 from shared.sources import Sources
 from shared.store import WeightReader
 from shared.store_url import is_http, shown
+from shared.threads import in_daemon_thread
 
 log = logging.getLogger("spoke.fetching")
 

@@ -12,10 +12,11 @@ from server.holdings import Holdings
 from server.service import RolloutService
 from server.settings import ServerSettings
 from server.taking import Taker
-from server.threads import in_daemon_thread
 from shared.coordination import RedisCoordinator
 from shared.errors import ConfigError
 from shared.open_store import open_store
+from shared.scratch import Scratch
+from shared.threads import in_daemon_thread
 
 
 async def open_follower(
@@ -74,8 +75,9 @@ def _folders(settings: ServerSettings, stack: contextlib.AsyncExitStack) -> tupl
     """Where versions lie, and where patches lie until the engine has read them: on a disk, not in memory."""
     try:
         if settings.weights_dir is None:
-            made = tempfile.TemporaryDirectory(prefix="spoke-weights-", ignore_cleanup_errors=True)
-            folder = Path(stack.enter_context(made))
+            made = Scratch(Path(tempfile.gettempdir()), "spoke-weights-")
+            stack.callback(made.close)
+            folder = made.folder
         else:
             folder = settings.weights_dir
             folder.mkdir(parents=True, exist_ok=True)

@@ -45,7 +45,7 @@ class Holdings:
     """A server's local store of fetched versions. One process at a time uses a folder.
 
     Opening it hashes what is there, and `complete` what it gets: call those, `add` and `prune` in a thread
-    (`server.threads.in_daemon_thread`). The others are quick, from any thread.
+    (`shared.threads.in_daemon_thread`). The others are quick, from any thread.
 
     Args:
         folder: takes a folder of the run's name.

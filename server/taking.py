@@ -20,12 +20,12 @@ from server.engines.base import ApplyReport, Engine, Weights
 from server.metrics import Metrics
 from server.states import Took
 from server.status import Status, Update
-from server.threads import in_daemon_thread
 from shared.chain import Chain, write_full, write_patch
 from shared.digests import file_sha256
 from shared.errors import SpokeError, WeightsError
 from shared.fleet import Head
 from shared.manifest import FileEntry, Manifest
+from shared.threads import in_daemon_thread
 
 log = logging.getLogger("spoke.follower")
 

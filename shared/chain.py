@@ -219,7 +219,10 @@ def _first_wrong(
             _decode(blob, bits, version, info.name).write_into(bits)
         if sha256_of(bits) != _entry(held.manifest, info.name).sha256:
             return _wrong(version, info.name)
-    raise AssertionError("a tensor that was wrong is right when it is computed again")
+    return WeightsError(
+        f"version {chain.manifest.version}: tensor {info.name} was read wrong once and right now: this machine's "
+        "disk or memory is not to be trusted"
+    )
 
 
 def _wrong(version: int, name: str) -> WeightsError:

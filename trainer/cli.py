@@ -194,6 +194,13 @@ def _add_push(parse: argparse.ArgumentParser) -> None:
     parse.add_argument(
         "--store", required=True, help="weight store, any fsspec URL that the servers reach"
     )
+    parse.add_argument(
+        "--advertise-store", metavar="URL", help="its URL as servers reach it; default: --store"
+    )
+    parse.add_argument(
+        "--keep-versions", type=int, default=3, metavar="N",
+        help="newest versions that stay in the store whatever the servers hold (default: 3)",
+    )  # fmt: skip
     parse.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     parse.add_argument(
         "--wait", type=float, default=300.0, help="bound of the wait for the fleet, seconds"

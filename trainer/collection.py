@@ -1,11 +1,13 @@
 """Which old versions nobody needs any more."""
 
-import asyncio
+import threading
 from collections.abc import Collection, Mapping
 
 from shared.coordination import Coordinator
 from shared.errors import WeightsError
+from shared.manifest import Manifest
 from shared.store import WeightStore
+from trainer.storing import asked
 
 
 def superseded(versions: Mapping[int, bool], held: Collection[int], keep: int) -> list[int]:
@@ -54,11 +56,20 @@ class Collector:
         store: of the run.
         coordinator: knows the live servers.
         keep: newest versions that stay.
+        wait_s: longest that one collection may take.
     """
 
-    def __init__(self, *, store: WeightStore, coordinator: Coordinator, keep: int) -> None:
+    def __init__(
+        self, *, store: WeightStore, coordinator: Coordinator, keep: int, wait_s: float = 300.0
+    ) -> None:
         self._store, self._coordinator, self._keep = store, coordinator, keep
+        self._wait_s = wait_s
+        self._turn = threading.Lock()
         self._anchors: dict[int, bool] = {}
+
+    def note(self, manifest: Manifest) -> None:
+        """A version that was published just now: the store need not be asked for it."""
+        self._anchors[manifest.version] = manifest.is_anchor
 
     async def collect(self, newest: int) -> None:
         """Delete the `superseded` versions, and what publishes that died left behind.
@@ -68,16 +79,30 @@ class Collector:
 
         Raises:
             CoordinationError: Redis is away.
-            WeightsError: the store is away.
+            WeightsError: the store is away, or hangs.
         """
         held = [record.version for record in await self._coordinator.servers() if record.digest]
-        await asyncio.to_thread(self._collect, newest, held)
+        place = f"weight store {self._store.url}"
+        await asked(place, self._wait_s, self._alone, newest, held)
+
+    def _alone(self, newest: int, held: list[int]) -> None:
+        if not self._turn.acquire(blocking=False):
+            raise WeightsError("the collection before, which had its time, still hangs")
+        try:
+            self._collect(newest, held)
+        finally:
+            self._turn.release()
 
     def _collect(self, newest: int, held: list[int]) -> None:
-        versions = [version for version in self._store.versions() if version <= newest]
-        partial = {v for v in self._store.numbers() if v < newest}.difference(versions)
-        found = {version: self._is_anchor(version) for version in versions}
-        self._anchors = {v: is_anchor for v, is_anchor in found.items() if is_anchor is not None}
+        numbers = [version for version in self._store.numbers() if version <= newest]
+        for gone in [v for v in self._anchors if v <= newest and v not in numbers]:
+            self._anchors.pop(gone)
+        # To ask for every manifest takes a call each: once a process, since its own versions are noted.
+        noted = self._anchors.keys() >= set(numbers)
+        whole = numbers if noted else [v for v in self._store.versions() if v <= newest]
+        partial = {version for version in numbers if version < newest}.difference(whole)
+        found = {version: self._is_anchor(version) for version in whole}
+        self._anchors |= {v: is_anchor for v, is_anchor in found.items() if is_anchor is not None}
         # One that cannot be read counts as no anchor: nobody can build on it, and less is deleted for it.
         known = {version: bool(is_anchor) for version, is_anchor in found.items()}
         for version in [*superseded(known, held, self._keep), *sorted(partial)]:

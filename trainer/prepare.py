@@ -218,10 +218,10 @@ async def connect(
             status=say,
             broadcasts=broadcasts,
         )
-        stack.push_async_callback(publisher.close)
         yield Connections(
             coordinator=coordinator, publisher=publisher, patience=patience, fleet=fleet
         )
+        await publisher.close()  # not after an error: whoever is interrupted waits for nothing
 
 
 def once(say: Callable[[str], None]) -> Callable[[str], None]:

@@ -14,6 +14,7 @@ import httpx
 
 from shared.errors import ConfigError
 from shared.store import FsspecStore
+from shared.store_url import check_announced
 from trainer.launch import free_port
 from trainer.settings import FleetSettings
 
@@ -72,10 +73,13 @@ async def announced(
         folder: of the run; takes the file server's log.
 
     Raises:
-        ConfigError: the store is no folder here, or cannot be served so.
+        ConfigError: the store is no folder here, or cannot be served so; or the URL carries a password.
     """
+    url = check_announced(
+        settings.advertise_store or store.given, "set fleet.advertise_store to its URL without"
+    )
     if settings.serve_at is None:
-        yield settings.advertise_store or store.given
+        yield url
         return
     if store.folder is None:
         raise ConfigError(

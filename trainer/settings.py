@@ -13,6 +13,7 @@ from pydantic import (
 )  # fmt: skip
 
 from shared.redis_url import redacted
+from shared.store_url import shown
 from shared.wire import Plan, Savings
 
 
@@ -243,8 +244,9 @@ class FleetSettings(Settings):
 
     redis_url: str | None = Field(default=None, repr=False)
     """May carry a password, which no run folder gets; `SPOKE_REDIS_URL` goes before it."""
-    store: str | None = None
-    """Weight store, any fsspec URL; None is `weights` in the run folder, for servers on this machine."""
+    store: str | None = Field(default=None, repr=False)
+    """Weight store, any fsspec URL; None is `weights` in the run folder, for servers on this machine. One with a
+    password is announced without it, in `advertise_store`, and no run folder gets it."""
     serve_at: str | None = None
     """`HOST:PORT`: serve the store, which is a folder here, over HTTP; `SPOKE_STORE_TOKEN` is asked for."""
     advertise_store: str | None = None
@@ -288,6 +290,10 @@ class FleetSettings(Settings):
     @field_serializer("redis_url")
     def _without_password(self, url: str | None) -> str | None:
         return url and redacted(url)
+
+    @field_serializer("store", "advertise_store")
+    def _without_user(self, url: str | None) -> str | None:
+        return url and shown(url)
 
 
 class EvaluationSettings(Settings):

@@ -19,7 +19,7 @@ from support import Quiet, running_redis
 from shared.errors import FleetError, WeightsError
 from shared.wire import RolloutTreeResponse
 from tests.numerics import naive
-from trainer import metrics, publish
+from trainer import metrics
 from trainer import train as loop
 from trainer.algorithms import Segment
 from trainer.collection import Collector
@@ -502,16 +502,21 @@ async def test_collecting_old_versions_holds_up_no_step(
         redis_url, run_name, tiny_math, fleet={"max_staleness": staleness, "keep_versions": 1}
     )
     begun: list[int] = []
+    trained = asyncio.Event()
 
     async def collect(self: Collector, newest: int) -> None:
         begun.append(newest)
         if len(begun) == 1:
             raise ValueError("of no kind that is foreseen")
-        await asyncio.Event().wait()
+        await trained.wait()
+
+    class TellsTheEnd(Quiet):
+        def measured(self, label: str, measurement: Any) -> None:
+            if label == "after":
+                trained.set()
 
     monkeypatch.setattr(Collector, "collect", collect)
-    monkeypatch.setattr(publish, "COLLECTED_S", 0.1)
-    reporter = Quiet()
+    reporter = TellsTheEnd()
     async with FakeFollower(redis_url, run_name).running():
         summary = await asyncio.wait_for(loop.train(settings, tmp_path / "run", reporter), 60)
     assert summary.steps == 4

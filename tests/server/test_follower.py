@@ -9,6 +9,7 @@
 
 import asyncio
 import contextlib
+import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def own_redis() -> Iterator[RedisProcess]:
 class Member:
     """One server's follower on a fake engine."""
 
-    def __init__(self, run: Run, folder: Path, stack: contextlib.AsyncExitStack) -> None:
+    def __init__(self, run: Run, folder: Path | None, stack: contextlib.AsyncExitStack) -> None:
         self.run, self.folder, self.stack = run, folder, stack
         self.engine = FakeEngine()
         self.status = Status(server_id="s")
@@ -326,3 +327,30 @@ async def test_an_anchor_that_came_by_its_shortcut_is_made_whole_here(
         assert (member.holdings.folder_of(3) / name).read_bytes() == published[name]
     await run.publish()
     await member.holds(4)
+
+
+def temporary(folder: Path) -> list[Path]:
+    return list(folder.glob("spoke-weights-*"))
+
+
+async def test_what_a_killed_server_left_is_deleted(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without --weights-dir versions lie in the system's folder for what does not last."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left = tmp_path / "spoke-weights-killed"
+    (left / "run").mkdir(parents=True)
+    (left / ".lock").touch()
+    (left / "run" / "weights").write_bytes(bytes(1000))
+    async with contextlib.AsyncExitStack() as stack:
+        one = Member(run, None, stack)
+        head = await run.publish()
+        await one.start()
+        assert not left.exists()
+        (kept,) = temporary(tmp_path)
+        assert (kept / run.name / f"v{head.version:06d}" / "manifest.json").exists()
+        async with contextlib.AsyncExitStack() as other_stack:
+            await Member(run, None, other_stack).start()
+            assert len(temporary(tmp_path)) == 2
+        assert temporary(tmp_path) == [kept]
+    assert not kept.exists()

@@ -14,9 +14,9 @@ from server.metrics import Metrics
 from server.states import Phase, Standing
 from server.status import Status
 from server.taking import Taker
-from server.threads import in_daemon_thread
 from shared.errors import CoordinationError, EngineError
 from shared.fleet import Head
+from shared.threads import in_daemon_thread
 
 TIMEOUT = 10.0
 

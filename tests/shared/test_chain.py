@@ -24,7 +24,7 @@ from shared.delta_file import DeltaFiles, write_delta
 from shared.errors import WeightsError
 from shared.manifest import Manifest
 from shared.shards import verify_tensors, write_shards
-from shared.tensor_files import TensorFiles, TensorInfo
+from shared.tensor_files import TensorFiles, TensorInfo, sha256_of
 from tests.shared.versions import INFOS, anchor, chain, delta, moved, step, weights
 
 
@@ -105,6 +105,18 @@ def test_a_patch_names_what_any_delta_named(
                 wanted.setdefault(name + ".indices", set()).update(places)
     assert named == wanted
     shutil.rmtree(folder)
+
+
+def test_a_tensor_that_is_read_wrong_once_is_an_error_like_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    links, _ = chain(tmp_path, 2)
+    wrong = ["0" * 64]
+    monkeypatch.setattr(
+        "shared.chain.sha256_of", lambda bits: wrong.pop() if wrong else sha256_of(bits)
+    )
+    with pytest.raises(WeightsError, match=r"version 5: tensor .* read wrong once and right now"):
+        write_full(links, tmp_path / "made")
 
 
 def test_weights_that_are_not_in_the_chain_have_no_patch(tmp_path: Path) -> None:

@@ -8,13 +8,14 @@ from rich.table import Table
 
 from shared.coordination import RedisCoordinator
 from shared.fleet import Head, ServerRecord
+from shared.store_url import shown
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the fleet table."""
     head, records = asyncio.run(_look(args.redis_url, args.run))
     console = Console()
-    newest = "none announced" if head is None else f"{head.version} in {head.store}"
+    newest = "none announced" if head is None else f"{head.version} in {shown(head.store)}"
     console.print(f"run {args.run}: newest version {newest}", highlight=False, soft_wrap=True)
     console.print(table(head, records))
     return 0
@@ -30,7 +31,7 @@ async def _look(redis_url: str, run_name: str) -> tuple[Head | None, list[Server
 
 def table(head: Head | None, records: list[ServerRecord]) -> Table:
     """One row a live server."""
-    shown = Table()
+    made = Table()
     for column in (
         "server",
         "url",
@@ -41,10 +42,10 @@ def table(head: Head | None, records: list[ServerRecord]) -> Table:
         "model",
         "last error",
     ):
-        shown.add_column(column)
+        made.add_column(column)
     for record in records:
         behind = head is not None and not head.held_by(record)
-        shown.add_row(
+        made.add_row(
             record.server_id,
             record.url,
             str(record.state),
@@ -54,4 +55,4 @@ def table(head: Head | None, records: list[ServerRecord]) -> Table:
             f"{record.model} ({record.engine})",
             record.last_error or "",
         )
-    return shown
+    return made

@@ -8,8 +8,10 @@ from rich.console import Console
 from torch import Tensor
 
 from shared.coordination import RedisCoordinator
+from shared.errors import ConfigError
 from shared.fleet import Head, ServerRecord
 from shared.store import FsspecStore
+from shared.store_url import check_announced
 from trainer.commands.fleet import table
 from trainer.fleet import wait_for_head
 from trainer.lease import hold
@@ -18,7 +20,15 @@ from trainer.publish import Publisher
 
 
 def run(args: argparse.Namespace) -> int:
-    """Publish, wait for the fleet, print the table. Exit code 1 when a live server did not follow in time."""
+    """Publish, wait for the fleet, delete what nobody needs any more, print the table.
+
+    Exit code 1 when a live server did not follow in time.
+    """
+    if args.keep_versions < 1:
+        raise ConfigError(
+            f"--keep-versions {args.keep_versions}: at least 1, the one that is pushed"
+        )
+    check_announced(args.advertise_store or args.store, "give --advertise-store its URL without")
     dtype = checkpoint_dtype(args.model) if args.dtype == "auto" else DTYPES[args.dtype]
     tensors = state_tensors(load_policy(args.model, dtype), dtype)
     head, records = asyncio.run(_push(args, tensors, str(dtype).removeprefix("torch.")))
@@ -53,16 +63,18 @@ async def _push(
         async with holding as lease:
             publisher = Publisher(
                 store=store,
-                store_url=args.store,
+                store_url=args.advertise_store or args.store,
                 coordinator=coordinator,
                 lease=lease,
                 run=args.run,
                 dtype=dtype,
+                keep=args.keep_versions,
                 wait_s=args.wait,
                 status=_say,
             )
             head = await publisher.publish(await publisher.next_version(), tensors)
             await wait_for_head(coordinator, head, min_servers=0, timeout_s=args.wait)
+            await publisher.collect(head.version)
         return head, await coordinator.servers()
     finally:
         await coordinator.close()
