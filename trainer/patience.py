@@ -8,7 +8,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Self, TypeVar
+from typing import TypeVar
 
 from shared.errors import CoordinationError, FleetError, LeaseError
 from shared.fleet import Head, ServerRecord
@@ -20,6 +20,8 @@ Servers = Callable[[], Awaitable[list[ServerRecord]]]
 POLL_S = 0.02
 PAUSED_POLL_S = 0.25
 """While paused, where nothing is urgent."""
+MOST_PAUSED = 3
+"""Times `pause_s` that one wait may pause in all: else servers that die again and again would never end it."""
 
 
 def nothing(text: str) -> None:
@@ -53,13 +55,14 @@ class Patience:
             LeaseError: another trainer has the run.
             CoordinationError: Redis was away for longer than `pause_s`; it names the address.
         """
-        pause = _Pause.of(self)
+        pause = _Pause(patience=self)
         while True:
             try:
                 result = await call()
             except (LeaseError, FleetError):
                 raise
             except CoordinationError as error:
+                pause.begin()
                 if pause.over:
                     raise CoordinationError(
                         f"{error}; given up after {self.pause_s:.0f} s"
@@ -77,12 +80,11 @@ class Patience:
             FleetError: they did not come back within `pause_s`.
             CoordinationError: Redis was away for longer.
         """
-        pause = _Pause.of(self)
+        pause = _Pause(patience=self)
         while True:
             serving = [r for r in await self._records() if r.state.serves]
             if len(serving) >= self.min_servers:
-                pause.end(f"{len(serving)} of {self.min_servers} servers alive; going on")
-                return pause.said
+                return pause.end(f"{len(serving)} of {self.min_servers} servers alive; going on")
             pause.wait_for_servers(len(serving))
             await asyncio.sleep(PAUSED_POLL_S)
 
@@ -107,7 +109,7 @@ class Patience:
                 the head within `wait_s`; it names what the others say.
             CoordinationError: Redis was away for longer than `pause_s`.
         """
-        pause = _Pause.of(self)
+        pause = _Pause(patience=self)
         deadline, enough = time.monotonic() + self.wait_s, float("inf")
         while True:
             serving = [r for r in await self._records() if r.state.serves]
@@ -116,6 +118,8 @@ class Patience:
             for r in serving:
                 if r.version >= self.behind.get(r.server_id, r.version + 1):
                     del self.behind[r.server_id]
+            if len(serving) >= self.min_servers:
+                pause.end(f"{len(serving)} of {self.min_servers} servers alive; going on")
             now = time.monotonic()
             late = now > deadline
             if len(holders) >= self.min_servers:
@@ -124,7 +128,6 @@ class Patience:
                 if late:
                     self._leave_behind(head, others)
                 if late or now > enough or all(r.server_id in self.behind for r in others):
-                    pause.end(f"{len(holders)} of {self.min_servers} servers alive; going on")
                     return holders
             if len(serving) < self.min_servers:
                 pause.wait_for_servers(len(serving))
@@ -154,19 +157,25 @@ class Patience:
 
 @dataclass(slots=True, kw_only=True)
 class _Pause:
-    """One wait: its bound, and whether anybody was told."""
+    """The pauses of one wait: each has its bound, from its own beginning, and so have all of them together."""
 
     patience: Patience
-    until: float
+    since: float | None = None
+    """When the pause that is on began."""
+    spent_s: float = 0.0
+    """In those that ended."""
     said: bool = False
 
-    @classmethod
-    def of(cls, patience: Patience) -> Self:
-        return cls(patience=patience, until=time.monotonic() + patience.pause_s)
+    def begin(self) -> None:
+        """From now on, unless a pause is on."""
+        if self.since is None:
+            self.since = time.monotonic()
 
     @property
     def over(self) -> bool:
-        return time.monotonic() > self.until
+        lasts_s = 0.0 if self.since is None else time.monotonic() - self.since
+        bound_s = self.patience.pause_s
+        return lasts_s > bound_s or self.spent_s + lasts_s > MOST_PAUSED * bound_s
 
     def say(self, text: str) -> None:
         """Once a pause."""
@@ -174,12 +183,19 @@ class _Pause:
             self.patience.tell(text)
         self.said = True
 
-    def end(self, text: str) -> None:
+    def end(self, text: str) -> bool:
+        """Whether a pause was on; it is over, and another one has a bound of its own."""
+        if self.since is None:
+            return False
         if self.said:
             self.patience.tell(text)
+        self.spent_s += time.monotonic() - self.since
+        self.since, self.said = None, False
+        return True
 
     def wait_for_servers(self, alive: int) -> None:
         wanted, bound = self.patience.min_servers, self.patience.pause_s
+        self.begin()
         if self.over:
             raise FleetError(
                 f"{alive} of {wanted} servers alive after a pause of {bound:.0f} s; start servers, then "

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
 
@@ -123,6 +124,59 @@ async def test_the_pause_has_a_bound_and_a_remedy() -> None:
     waiting, _ = patience([], pause_s=0.1)
     with pytest.raises(FleetError, match=r"0 of 1 servers alive after a pause.*--resume"):
         await waiting.enough()
+
+
+class FakeClock:
+    """Time that passes only where somebody sleeps."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr("trainer.patience.time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr("trainer.patience.asyncio", SimpleNamespace(sleep=self.sleep))
+
+    async def sleep(self, delay_s: float) -> None:
+        self.now += delay_s
+
+
+async def test_a_pause_counts_from_the_shortage_and_not_from_the_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The servers were there for longer than a pause may take, and then away for less than that, twice."""
+    clock = FakeClock(monkeypatch)
+    waiting, said = patience([], wait_s=60.0, pause_s=1.0)
+
+    async def servers() -> list[ServerRecord]:
+        if clock.now < 20:
+            return [record("a", 1)]
+        if clock.now < 20.8 or 40 <= clock.now < 40.8:
+            return []
+        return [record("a", 1 if clock.now < 60 else 2)]
+
+    waiting.servers = servers
+    assert [r.server_id for r in await waiting.followed(HEAD)] == ["a"]
+    assert (
+        said
+        == [
+            "0 of 1 servers alive; waiting, at most 1 s",
+            "1 of 1 servers alive; going on",
+        ]
+        * 2
+    )
+
+
+async def test_servers_that_die_again_and_again_are_not_waited_for_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = FakeClock(monkeypatch)
+    waiting, said = patience([], wait_s=60.0, pause_s=10.0)
+
+    async def servers() -> list[ServerRecord]:
+        return [record("a", 1)] if clock.now % 16 < 8 else []
+
+    waiting.servers = servers
+    with pytest.raises(FleetError, match="0 of 1 servers alive"):
+        await waiting.followed(HEAD)
+    assert len(said) == 7  # four pauses of 8 s; the last one did not end
 
 
 async def test_redis_away_is_waited_for_and_told_once() -> None:
