@@ -10,7 +10,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from shared.errors import CoordinationError, FleetError, LeaseError
+from shared.coordination import is_away
+from shared.errors import CoordinationError, FleetError
 from shared.fleet import Head, ServerRecord
 
 T = TypeVar("T")
@@ -53,15 +54,15 @@ class Patience:
 
         Raises:
             LeaseError: another trainer has the run.
-            CoordinationError: Redis was away for longer than `pause_s`; it names the address.
+            CoordinationError: Redis refused, or was away for longer than `pause_s`; it names the address.
         """
         pause = _Pause(patience=self)
         while True:
             try:
                 result = await call()
-            except (LeaseError, FleetError):
-                raise
             except CoordinationError as error:
+                if not is_away(error):
+                    raise
                 pause.begin()
                 if pause.over:
                     raise CoordinationError(

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from shared.coordination import RedisCoordinator
 from shared.errors import CoordinationError, FleetError, LeaseError
 from shared.fleet import Head, ServerRecord, ServerState
 from trainer.fleet import registered
@@ -58,6 +59,7 @@ def patience(
 
 
 AWAY = CoordinationError("Redis at redis://r does not answer: refused")
+AWAY.__cause__ = ConnectionError("refused")
 
 
 async def test_below_min_servers_it_pauses_says_so_once_and_goes_on() -> None:
@@ -192,6 +194,18 @@ async def test_redis_away_for_too_long_is_an_error_and_a_lost_lease_at_once() ->
     waiting, said = patience(LeaseError("another trainer"))
     with pytest.raises(LeaseError):
         await waiting.enough()
+    assert said == []
+
+
+async def test_a_redis_that_refuses_is_an_error_at_once(redis_url: str) -> None:
+    """It answers: another call would be refused likewise."""
+    waiting, said = patience([])
+    refusing = RedisCoordinator(redis_url.replace("redis://", "redis://nobody:wrong@"), "r")
+    waiting.servers = refusing.servers
+    async with asyncio.timeout(4):
+        with pytest.raises(CoordinationError, match="username-password"):
+            await waiting.enough()
+    await refusing.close()
     assert said == []
 
 
