@@ -21,6 +21,9 @@ Servers = Callable[[], Awaitable[list[ServerRecord]]]
 POLL_S = 0.02
 PAUSED_POLL_S = 0.25
 """While paused, where nothing is urgent."""
+READ_SHARE = 10
+"""A look at the fleet is followed by a rest of at least so many times what it took: the table may be long."""
+MOST_REST_S = 1.0
 MOST_PAUSED = 3
 """Times `pause_s` that one wait may pause in all: else servers that die again and again would never end it."""
 
@@ -48,6 +51,8 @@ class Patience:
     tell: Callable[[str], None] = nothing
     behind: dict[str, int] = field(default_factory=dict)
     """Servers that did not follow to a version within `wait_s`: nobody waits for them until they hold it."""
+    _read_s: float = field(default=0.0, init=False)
+    """What the last look at the fleet took."""
 
     async def through_outage(self, call: Callable[[], Awaitable[T]], what: str) -> T:
         """The result of a call to Redis, made again while Redis is away.
@@ -87,7 +92,7 @@ class Patience:
             if len(serving) >= self.min_servers:
                 return pause.end(f"{len(serving)} of {self.min_servers} servers alive; going on")
             pause.wait_for_servers(len(serving))
-            await asyncio.sleep(PAUSED_POLL_S)
+            await self._rest(PAUSED_POLL_S)
 
     async def followed(
         self, head: Head, *, all_within_s: float | None = None
@@ -133,7 +138,7 @@ class Patience:
             if len(serving) < self.min_servers:
                 pause.wait_for_servers(len(serving))
                 deadline = time.monotonic() + self.wait_s  # those that come back have their time
-                await asyncio.sleep(PAUSED_POLL_S)
+                await self._rest(PAUSED_POLL_S)
                 continue
             if late and len(holders) < self.min_servers:
                 says = "; ".join(f"{r.server_id}: {r.last_error or r.state}" for r in others)
@@ -141,7 +146,7 @@ class Patience:
                     f"version {head.version}: {len(holders)} of at least {self.min_servers} servers hold it "
                     f"after {self.wait_s:.0f} s; {says}"
                 )
-            await asyncio.sleep(POLL_S)
+            await self._rest(POLL_S)
 
     def _leave_behind(self, head: Head, others: list[ServerRecord]) -> None:
         new = [r for r in others if r.server_id not in self.behind]
@@ -153,7 +158,16 @@ class Patience:
             )
 
     async def _records(self) -> list[ServerRecord]:
-        return await self.through_outage(self.servers, "the run")
+        return await self.through_outage(self._read, "the run")
+
+    async def _read(self) -> list[ServerRecord]:
+        begun = time.monotonic()
+        records = await self.servers()
+        self._read_s = time.monotonic() - begun
+        return records
+
+    async def _rest(self, least_s: float) -> None:
+        await asyncio.sleep(max(least_s, min(MOST_REST_S, READ_SHARE * self._read_s)))
 
 
 @dataclass(slots=True, kw_only=True)

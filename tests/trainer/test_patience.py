@@ -181,6 +181,21 @@ async def test_servers_that_die_again_and_again_are_not_waited_for_for_ever(
     assert len(said) == 7  # four pauses of 8 s; the last one did not end
 
 
+async def test_a_long_table_is_read_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand servers take 28 ms of the trainer's loop a look."""
+    clock, looks = FakeClock(monkeypatch), []
+    waiting, _ = patience([], wait_s=60.0)
+
+    async def servers() -> list[ServerRecord]:
+        looks.append(clock.now)
+        clock.now += 0.03
+        return [record("a", 1 if clock.now < 3 else 2)]
+
+    waiting.servers = servers
+    await waiting.followed(HEAD)
+    assert len(looks) == 11  # one in 0.33 s
+
+
 async def test_redis_away_is_waited_for_and_told_once() -> None:
     waiting, said = patience(AWAY, AWAY, [record("a")])
     assert await waiting.enough() is False
