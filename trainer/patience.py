@@ -94,6 +94,25 @@ class Patience:
             pause.wait_for_servers(len(serving))
             await self._rest(PAUSED_POLL_S)
 
+    async def look(self) -> bool | None:
+        """As `enough`, but a Redis that is away is not waited for: the servers known so far may live.
+
+        Returns:
+            Whether there was a pause; None while Redis is away.
+
+        Raises:
+            FleetError, CoordinationError: see `enough`.
+        """
+        try:
+            records = await self._read()
+        except CoordinationError as error:
+            if not is_away(error):
+                raise
+            return None
+        if sum(r.state.serves for r in records) >= self.min_servers:
+            return False
+        return await self.enough()
+
     async def followed(
         self, head: Head, *, all_within_s: float | None = None
     ) -> list[ServerRecord]:
