@@ -1,0 +1,72 @@
+"""`python -m server` that stands still at named places, so that a test can kill or stop it exactly there.
+
+SPOKE_TEST_FAULTS names places by commas; when the server comes to one it writes a file of that name into
+SPOKE_TEST_SIGNS and waits for `NAME.go` beside it. Nothing else of the server is changed.
+
+    decode         a version is fetched, its patch is about to be made
+    apply          half of a version's tensors are in the engine, the other half are not
+    taken          the engine has the version, nobody has been told
+"""
+
+import asyncio
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+PLACES = [place for place in os.environ["SPOKE_TEST_FAULTS"].split(",") if place]
+SIGNS = Path(os.environ["SPOKE_TEST_SIGNS"])
+
+
+def stand(place: str) -> None:
+    """Say that we are here, once, and wait."""
+    if place not in PLACES:
+        return
+    PLACES.remove(place)
+    (SIGNS / place).touch()
+    while not (SIGNS / f"{place}.go").exists():
+        time.sleep(0.01)
+
+
+def install() -> None:
+    """Put `stand` into the server's own functions."""
+    from server.engines import staging
+    from server.taking import Taker
+
+    applied = 0
+
+    def counting(apply: Callable[[Any], None]) -> Callable[[Any], None]:
+        def applied_one(change: Any) -> None:
+            nonlocal applied
+            apply(change)
+            applied += 1
+            if applied == 3:  # a few are written, most are not
+                stand("apply")
+
+        return applied_one
+
+    for kind in (staging.Scatter, staging.Exchange):
+        kind.apply = counting(kind.apply)  # type: ignore[method-assign]
+
+    decoded, take = Taker._decoded, Taker.take
+
+    async def slow_decoded(self: Any, *args: Any) -> Any:
+        await asyncio.to_thread(stand, "decode")
+        return await decoded(self, *args)
+
+    async def slow_take(self: Any, head: Any) -> Any:
+        update = await take(self, head)
+        stand("taken")
+        return update
+
+    Taker._decoded = slow_decoded  # type: ignore[method-assign]
+    Taker.take = slow_take  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    from server.__main__ import main
+
+    install()
+    sys.exit(main())
