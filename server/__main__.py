@@ -13,8 +13,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shared.addresses import UNREAD_S, listening
 from shared.errors import ConfigError, SpokeError
 from shared.redis_url import VARIABLE, from_command_line
+from shared.store_url import VARIABLE as STORE_VARIABLE
+from shared.store_url import store_token
 
 if TYPE_CHECKING:
     from server.rewards.limits import HttpLimits
@@ -62,6 +65,7 @@ def parser() -> argparse.ArgumentParser:
         default=None,
         help="weight store, where its URL here is not the one that is announced",
     )
+    _add_weights(add)
     add("--advertise-url", default=None, help="how trainers reach this server")
     add(
         "--served-model-name",
@@ -72,6 +76,25 @@ def parser() -> argparse.ArgumentParser:
     _add_rewards(add)
     _add_load(add)
     return parse
+
+
+def _add_weights(add: Callable[..., object]) -> None:
+    """How a run's weights are followed."""
+    add(
+        "--weights-dir",
+        type=Path,
+        default=None,
+        help="folder for fetched versions, used again after a restart; default: one that goes with the process",
+    )
+    add(
+        "--redis-wait", type=float, default=60.0, help="seconds that Redis may be away at the start"
+    )
+    add(
+        "--max-lag",
+        type=int,
+        default=None,
+        help="most versions that this server may be behind and serve; default: what the trainer announces",
+    )
 
 
 def _add_rewards(add: Callable[..., object]) -> None:
@@ -131,7 +154,7 @@ def _add_bounds(add: Callable[..., object]) -> None:
         "--tokens-file",
         type=Path,
         default=None,
-        help="TOKEN scope[,scope…] a line, scopes rollout, admin, metrics; also in SPOKE_TOKENS",
+        help="TOKEN scope[,scope…] a line, scopes rollout, admin, metrics, weights; also in SPOKE_TOKENS",
     )
     add("--max-body-mib", type=float, default=16.0, help="of a request's body")
     add("--max-depth", type=int, default=16, help="levels of a tree plan")
@@ -146,7 +169,7 @@ def settings(arguments: Sequence[str] | None) -> "ServerSettings":
     """
     args = parser().parse_args(arguments)
     from server.auth import VARIABLE as TOKENS_VARIABLE
-    from server.auth import AuthMode, enforced, load_tokens
+    from server.auth import AuthMode, enforced, load_tokens, with_store_token
     from server.engines.settings import EngineSettings
     from server.flags import check
     from server.limits import Limits
@@ -162,6 +185,9 @@ def settings(arguments: Sequence[str] | None) -> "ServerSettings":
     redis_url = from_command_line(args.redis_url, "--redis-url", os.environ)
     os.environ.pop(VARIABLE, None)  # no child process, such as a reward function's, has it
     in_environment = bool(os.environ.get(TOKENS_VARIABLE, "").strip())
+    asked_for = enforced(AuthMode(args.auth), args.host, load_tokens(args.tokens_file, os.environ))
+    token = store_token(os.environ)
+    os.environ.pop(STORE_VARIABLE, None)
     own = {} if args.server_id is None else {"server_id": args.server_id}
     return ServerSettings(
         engine=args.engine,
@@ -179,7 +205,7 @@ def settings(arguments: Sequence[str] | None) -> "ServerSettings":
         host=args.host,
         port=args.port,
         auth=AuthMode(args.auth),
-        tokens=enforced(AuthMode(args.auth), args.host, load_tokens(args.tokens_file, os.environ)),
+        tokens=with_store_token(asked_for, token),
         tokens_file=args.tokens_file,
         tokens_in_environment=in_environment,
         limits=Limits(
@@ -188,6 +214,10 @@ def settings(arguments: Sequence[str] | None) -> "ServerSettings":
         redis_url=redis_url,
         run=args.run,
         store=args.store,
+        store_token=token,
+        weights_dir=args.weights_dir,
+        redis_wait_s=args.redis_wait,
+        max_lag=args.max_lag,
         advertise_url=args.advertise_url,
         served_model_name=args.served_model_name,
         rewards=tuple(rewards),
@@ -215,36 +245,24 @@ def _http_limits(args: argparse.Namespace) -> "HttpLimits":
     )
 
 
-UNREAD_S = 60
-"""How long a peer may take no byte, seconds; then the kernel ends its connection."""
-
-
 def bind(host: str, port: int, unread_s: float = UNREAD_S) -> socket.socket:
     """A listening socket, taken before the model is loaded: a port in use is known at once.
 
     Args:
         host: to listen at.
         port: 0 takes a free one.
-        unread_s: how long a peer may take no byte, where the system can tell (Linux). An answer that is given up
-            would else keep its connection, which is closed only when the peer has read what was sent before.
+        unread_s: see `shared.addresses.listening`.
 
     Raises:
         ConfigError: the address cannot be had.
     """
     try:
-        listener = socket.create_server((host, port), family=_family(host), backlog=1024)
+        return listening(host, port, unread_s)
     except OSError as error:
         reason = error.strerror or str(error)
         raise ConfigError(
             f"--host {host} --port {port}: {reason}; choose another --port, or 0"
         ) from None
-    if sys.platform == "linux":  # what it accepts inherits it
-        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(unread_s * 1000))
-    return listener
-
-
-def _family(host: str) -> socket.AddressFamily:
-    return socket.AF_INET6 if ":" in host else socket.AF_INET
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

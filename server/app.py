@@ -18,7 +18,9 @@ from server.connection import while_connected
 from server.costs import Cost
 from server.details import for_caller
 from server.guard import Guard
+from server.holdings import Holdings
 from server.limits import Limits
+from server.live import Live, LiveWeights
 from server.liveness import Pulse
 from server.metrics import Counted, Metrics
 from server.openai_routes import MISSING, add_openai_routes
@@ -29,6 +31,7 @@ from server.sending import SendLimit
 from server.service import RolloutService
 from server.status import Status
 from server.streaming import node_stream
+from server.weights_routes import add_weights_routes
 from shared.codec import MediaType, choose
 from shared.errors import BusyError, RequestError
 from shared.wire import RolloutTreeRequest, RolloutTreeResponse
@@ -52,12 +55,19 @@ class Holder:
         self.pulse = Pulse(liveness_s)
         self.metrics = Metrics()
         self.service: RolloutService | None = None
+        self.holdings: Holdings | None = None
+        """Weight versions on this server's disk, for its peers; None where it follows no run, or not yet."""
         self.openai: ASGIApp | None = None
         """The engine's OpenAI routes; None where it has none."""
+        self.holdings: Holdings | None = None
+        """Versions whose files this server has; None where it follows no run."""
+        self.live: Live | None = None
+        """Hashes the weights; None before the model is loaded."""
 
     def watch(self, service: RolloutService) -> None:
         """Read a service's gauges at every scrape, from before it serves."""
         gate, status, watch = service.gate, self.status, self.metrics.watch
+        self.live = Live(service.engine, status)
         self.metrics.watch_rewards(service.rewards)
         watch("trees_in_flight", "Trees that hold a place.", lambda: gate.trees)
         watch("trees_waiting", "Trees in line for a place.", lambda: gate.waiting)
@@ -71,6 +81,7 @@ class Holder:
         watch("tasks", "Tasks of the event loop.", lambda: len(asyncio.all_tasks()))
         watch("requests_in_flight", "Requests being answered.", lambda: status.in_flight)
         watch("weight_version", "Weight version being sampled.", lambda: service.engine.version)
+        watch("weight_lag", "Versions behind the newest known.", lambda: status.standing.lag)
         self.metrics.watch_state(lambda: status.state)
 
 
@@ -101,8 +112,12 @@ def _add_routes(app: FastAPI, holder: Holder, limits: Limits) -> None:
     status = holder.status
 
     def service() -> RolloutService:
-        if holder.service is None or not status.state.serves:
-            raise BusyError(f"this server is {status.state}")
+        status.check()
+        return loaded()
+
+    def loaded() -> RolloutService:
+        if holder.service is None:
+            raise BusyError(status.standing.refusal)
         return holder.service
 
     answers: dict[int | str, dict[str, Any]] = {
@@ -145,15 +160,25 @@ def _add_routes(app: FastAPI, holder: Holder, limits: Limits) -> None:
     @app.get("/readyz", responses=refusals(503))
     async def readyz() -> dict[str, Any]:
         """The model is loaded and its weights may be served."""
-        return {"status": status.state, "version": service().engine.version}
+        service()
+        return {"status": status.state, **_weights(status)}
 
     @app.get("/info", responses=refusals(503))
     async def info() -> dict[str, Any]:
         """Model, engine, limits, weight version and logprob convention."""
-        if holder.service is None:
-            raise BusyError(f"this server is {status.state}")
-        return _about(holder.service, limits)
+        return _about(loaded(), limits)
 
+    @app.get("/weights/live", responses=refusals(503))
+    async def live_weights(request: Request) -> LiveWeights:
+        """SHA-256 of every tensor that is sampled with, hashed now where it stands in the engine's memory.
+
+        It costs a pass over all weights, which sampling may wait for; one caller is answered at a time.
+        """
+        loaded()
+        assert holder.live is not None, "the service is watched before it serves"
+        return await while_connected(request, holder.live.weights())
+
+    add_weights_routes(app, lambda: holder.holdings, holder.metrics.sent_weights)
     _add_openai(app, holder, service)
 
 
@@ -179,9 +204,25 @@ def _about(service: RolloutService, limits: Limits) -> dict[str, Any]:
             "tree_nodes": service.budget.nodes,
             "tree_tokens": service.budget.tokens,
         },
-        "weights": {"version": service.engine.version, "digest": status.weights_digest},
+        "weights": {
+            **_weights(status),
+            "digest": status.weights_digest,
+            "failure": status.standing.failure,
+            "last_update": status.update and asdict(status.update),
+        },
         "rewards": service.rewards.names(),
         "logprobs": LOGPROBS,
+    }
+
+
+def _weights(status: Status) -> dict[str, Any]:
+    """Which version is held, and how far it is behind the newest that is known."""
+    standing = status.standing
+    return {
+        "version": standing.version,
+        "head": standing.head and standing.head.version,
+        "lag": standing.lag,
+        "max_staleness": standing.bound,
     }
 
 

@@ -8,7 +8,6 @@ may see, such as the texts of failed reward functions, which may quote the refer
 
 import hashlib
 import hmac
-import ipaddress
 import logging
 import os
 import re
@@ -19,6 +18,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shared.addresses import is_loopback
 from shared.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ class Scope(StrEnum):
     """Details that only the server's owner may see."""
     METRICS = "metrics"
     """`/metrics`."""
+    WEIGHTS = "weights"
+    """Files of weight versions, for other servers."""
 
 
 class AuthMode(StrEnum):
@@ -159,16 +161,19 @@ def load_tokens(
     return TokenTable(tuple(entries)) if entries else None
 
 
-def is_loopback(host: str) -> bool:
-    """Does a server that binds to `host` listen to this machine alone? A name counts as no.
+def with_store_token(tokens: TokenTable | None, token: str | None) -> TokenTable | None:
+    """Tokens of which the store's reads weights, as servers that fetch from one another need, and nothing else.
 
-    >>> is_loopback("127.0.0.1"), is_loopback("::1"), is_loopback("localhost"), is_loopback("0.0.0.0")
-    (True, True, True, False)
+    Args:
+        tokens: None where none are asked for: the store's alone asks for none.
+        token: of `SPOKE_STORE_TOKEN`.
     """
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    if tokens is None or token is None:
+        return tokens
+    digest = hashlib.sha256(token.encode()).digest()
+    others = tuple(entry for entry in tokens.entries if entry[0] != digest)
+    own = dict(tokens.entries).get(digest, frozenset())
+    return TokenTable((*others, (digest, own | {Scope.WEIGHTS})))
 
 
 def enforced(mode: AuthMode, host: str, tokens: TokenTable | None) -> TokenTable | None:

@@ -14,7 +14,7 @@ ABOVE_ZERO = (
 )  # fmt: skip
 AT_MOST = {"gpu-memory-utilization": 1, "max-depth": 16, "port": 65_535}
 """`max-depth`: no plan on the wire has more levels (`shared/wire.py`)."""
-FROM_ZERO = ("port", "drain")
+FROM_ZERO = ("port", "drain", "redis-wait", "max-lag")
 
 
 def check(args: argparse.Namespace) -> None:

@@ -1,35 +1,45 @@
-"""Follows a run's head: fetch, verify, swap, acknowledge; and keeps this server's record alive.
+"""Follows a run: hears of heads, takes the newest, acknowledges; and keeps this server's record alive.
 
-The order is the point: everything slow or fallible (fetch, hashes) is done before the engine is touched, and the
-acknowledgement comes after the swap. Whatever fails leaves the old weights serving, is shown in the fleet table,
-and is tried again.
+Two things go on beside each other. One hears: an event of Redis or a few seconds wake it, it reads the head, and a
+server that is too far behind stops serving at that moment. The other takes the newest version known, as often as
+it must. Redis may come and go: what was heard is remembered, and a Redis that lost its head is given it again.
 """
 
 import asyncio
+import contextlib
 import logging
-import shutil
-import tempfile
+import random
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 
-from server.engines.base import Engine, Weights
+from server.engines.base import Engine
 from server.metrics import Metrics
+from server.states import Began, Failed, Heard
 from server.status import Status
-from server.threads import in_daemon_thread
+from server.taking import Taker
+from server.waiting import patiently
 from shared.coordination import RECORD_S, Coordinator
-from shared.errors import CoordinationError, SpokeError, WeightsError
-from shared.fleet import Head, ServerRecord, ServerState
-from shared.manifest import Manifest
-from shared.shards import verify_tensors
-from shared.store import WeightStore
+from shared.errors import CoordinationError, SpokeError
+from shared.fleet import ServerRecord
 
 log = logging.getLogger("spoke.follower")
 
 HEARTBEAT_S = RECORD_S / 3
-RETRY_S = 1.0
+RETRY_S = 0.5
+"""Pause after the first failure; doubled with each one that follows."""
+LONGEST_RETRY_S = 15.0
 WAIT_S = 4.0
+"""The head is read this often even where no event comes."""
+
+
+def pause_s(failures: int) -> float:
+    """Seconds until a version is tried again after so many failures.
+
+    >>> [pause_s(failures) for failures in (0, 1, 2, 3, 100)]
+    [0.0, 0.5, 1.0, 2.0, 15.0]
+    """
+    return min(LONGEST_RETRY_S, RETRY_S * 2 ** (min(failures, 20) - 1)) if failures else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,139 +48,164 @@ class Follower:
 
     Args:
         coordinator: Redis.
-        open_store: the weight store at a URL.
-        store_url: this server's own URL of the store; None takes what the head names.
-        status: this server's state, shared with the service.
-        engine: takes the weights; its version is the truth.
-        url: how trainers reach this server.
-        scratch: folder for fetched versions; a RAM disk where there is one.
+        taker: takes a version.
+        files: versions whose files this server hands to others.
+        status: where this server stands, shared with the service.
+        engine: what it is goes into the record.
+        url: how trainers and other servers reach this server.
         metrics: counts updates.
     """
 
     coordinator: Coordinator
-    open_store: Callable[[str], WeightStore]
-    store_url: str | None
+    taker: Taker
+    files: Callable[[], tuple[int, ...]]
     status: Status
     engine: Engine
     url: str
-    scratch: Path
     metrics: Metrics
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
+    _reporting: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """One record at a time: an older one must not overtake a newer one."""
 
-    async def catch_up(self) -> None:
+    async def catch_up(self, bound_s: float) -> None:
         """Take the head's weights before serving anything; wait until that works.
 
+        A head that moves on meanwhile is followed while serving, as far as what is held may be served.
+
+        Args:
+            bound_s: how long Redis may be away before the head is known, seconds.
+
         Raises:
-            CoordinationError: Redis is away.
+            CoordinationError: it was away for longer.
         """
-        while not await self._follow_once():  # noqa: ASYNC110  # a retry with a pause, not a wait for a flag
-            await asyncio.sleep(RETRY_S)
+        await patiently(self._hear, bound_s)
+        while not self.status.standing.holds_head:
+            taken = await self._take_newest()
+            with contextlib.suppress(CoordinationError):  # the head that is known is still good
+                await self._hear()
+            if taken and not self.status.standing.is_stale:
+                return
+            await self._pause()
 
     async def run(self) -> None:
-        """Follow the head for ever. Redis may come and go meanwhile."""
-        last_event = "0-0"
-        while True:
-            try:
-                # Events only wake us: the head is the truth, so lost or repeated ones do no harm.
-                last_event = await self.coordinator.wait_event(last_event, WAIT_S)
-                done = await self._follow_once()
-            except CoordinationError as error:
-                log.warning("%s; serving on with version %d", error, self.engine.version)
-                done = False
-            if not done:
-                await asyncio.sleep(RETRY_S)
+        """Follow the head for ever."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._hear_for_ever())
+            group.create_task(self._take_for_ever())
 
     async def heartbeat(self) -> None:
         """Renew this server's record for ever."""
         while True:
-            try:
-                await self.report()
-            except CoordinationError as error:
-                log.warning("%s; this server is not in the fleet table", error)
+            await self._tell()
             await asyncio.sleep(HEARTBEAT_S)
 
     async def report(self) -> None:
-        """Write this server's record now.
+        """Write this server's record now: it acknowledges what is held.
 
         Raises:
             CoordinationError: Redis is away.
         """
-        info = self.engine.info
-        await self.coordinator.report(
-            ServerRecord(
-                server_id=self.status.server_id,
-                url=self.url,
-                state=self.status.state,
-                version=self.engine.version,
-                digest=self.status.weights_digest,
-                model=info.model,
-                engine=info.engine,
-                in_flight=self.status.in_flight,
-                sampled_tokens=self.status.sampled_tokens,
-                last_error=self.status.last_error,
-                updated_at=time.time(),
-            )
+        async with self._reporting:
+            await self.coordinator.report(self._record())
+
+    def _record(self) -> ServerRecord:
+        info, standing = self.engine.info, self.status.standing
+        return ServerRecord(
+            server_id=self.status.server_id,
+            url=self.url,
+            state=standing.state,
+            version=standing.version,
+            digest=standing.digest,
+            model=info.model,
+            engine=info.engine,
+            in_flight=self.status.in_flight,
+            sampled_tokens=self.status.sampled_tokens,
+            head=0 if standing.head is None else standing.head.version,
+            serves_files=self.files(),
+            last_error=standing.failure,
+            updated_at=time.time(),
         )
 
-    async def _follow_once(self) -> bool:
-        """Take the head's weights if ours are others. False when that failed and is to be tried again."""
-        head = await self.coordinator.head()
-        if head is None or self._holds(head):
-            return True
-        if self.status.state is ServerState.READY:
-            self.status.state = ServerState.UPDATING
+    async def _hear_for_ever(self) -> None:
+        last_event, away = "0-0", False
+        while True:
+            try:
+                # Events only wake us: the head is the truth, so lost or repeated ones do no harm.
+                last_event = await self.coordinator.wait_event(last_event, WAIT_S)
+                await self._hear()
+            except CoordinationError as error:
+                if not away:
+                    log.warning("%s; serving on with version %d", error, self.engine.version)
+                away = True
+                await asyncio.sleep(RETRY_S)
+            else:
+                if away:
+                    log.info("Redis answers again")
+                away = False
+
+    async def _hear(self) -> None:
+        """Read the head; a Redis that knows less than we do is told.
+
+        Raises:
+            CoordinationError: Redis is away.
+        """
+        head, before = await self.coordinator.head(), self.status.standing
+        if head is not None:
+            self.status.note(Heard(head))
+        standing = self.status.standing
+        known = standing.head
+        self._news.set()
+        if standing.failure not in (before.failure, None):
+            log.error("%s", standing.failure)
+        behind = known is not None and (head is None or head.version < known.version)
+        if known is not None and behind and await self.coordinator.restore(known):
+            log.warning("Redis had lost version %d; it has it again", known.version)
+        if standing.state is not before.state:
+            if not standing.state.serves:
+                log.warning("%s", standing.refusal)
+            await self.report()  # nobody may choose a server that is stale
+
+    async def _take_for_ever(self) -> None:
+        while True:
+            self._news.clear()
+            if self.status.standing.holds_head:
+                await self.taker.tidy()
+                await self._news.wait()
+            elif not await self._take_newest():
+                await self._pause()
+
+    async def _pause(self) -> None:
+        """Wait as long as the failures so far ask for; a newer head ends it."""
+        standing = self.status.standing
+        known = standing.head
+        # Not in step with the rest of the fleet.
+        seconds = pause_s(standing.failures) * random.uniform(0.7, 1.3)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while self.status.standing.head == known:
+                    self._news.clear()
+                    await self._news.wait()
+
+    async def _take_newest(self) -> bool:
+        """Take the newest version known. False where that failed and is to be tried again."""
+        head = self.status.standing.head
+        assert head is not None, "only what was heard of is taken"
+        self.status.note(Began(head.version))
+        await self._tell()
+        taken = False
         try:
-            await self._take(head)
-            self.status.last_error = None
-        except SpokeError as error:
-            self.status.last_error = f"version {head.version}: {error}"
-            log.warning("%s; version %d stays", self.status.last_error, self.engine.version)
-        finally:
-            if self.status.state is ServerState.UPDATING:
-                self.status.state = ServerState.READY
-        taken = self.status.last_error is None
+            await self.taker.take(head)
+            taken = True
+        except (SpokeError, OSError) as error:  # OSError: no room on the disk, or too slow
+            reason = f"version {head.version}: {str(error) or type(error).__name__}"
+            self.status.note(Failed(reason))
+            log.warning("%s; version %d stays", reason, self.engine.version)
         self.metrics.updates.labels("ok" if taken else "failed").inc()
-        # Not in the `finally`: a stop must not be turned into an error of Redis.
-        await self.report()
+        await self._tell()
         return taken
 
-    def _holds(self, head: Head) -> bool:
-        return (self.engine.version, self.status.weights_digest) == (
-            head.version,
-            head.weights_digest,
-        )
-
-    async def _take(self, head: Head) -> None:
-        started = time.monotonic()
-        folder = Path(tempfile.mkdtemp(prefix=f"v{head.version:06d}-", dir=self.scratch))
+    async def _tell(self) -> None:
         try:
-            manifest, files = await in_daemon_thread(self._fetch, head, folder)
-            fetched = time.monotonic()
-            report = await self.engine.load_weights(
-                Weights(version=head.version, digest=manifest.weights_digest, files=files)
-            )
-            self.status.weights_digest = manifest.weights_digest
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-        for phase, seconds in (
-            ("fetch", fetched - started),
-            ("pause", report.pause_s),
-            ("apply", report.apply_s),
-        ):
-            self.metrics.update_s.labels(phase).observe(seconds)
-        log.info(
-            "version %d: fetched and verified in %.0f ms, paused %.0f ms, of these applied in %.0f ms",
-            head.version,
-            1e3 * (fetched - started),
-            1e3 * report.pause_s,
-            1e3 * report.apply_s,
-        )
-
-    def _fetch(self, head: Head, folder: Path) -> tuple[Manifest, tuple[Path, ...]]:
-        """Fetch and verify, in a thread of its own: nothing here may touch the engine."""
-        store = self.open_store(self.store_url or head.store)
-        manifest = store.manifest(head.version)
-        if manifest.digest != head.manifest_digest:
-            raise WeightsError("the store's manifest is not the one that was announced")
-        files = store.fetch(manifest, folder)
-        verify_tensors(files, manifest)
-        return manifest, files
+            await self.report()
+        except CoordinationError as error:
+            log.warning("%s; this server is not in the fleet table", error)

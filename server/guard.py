@@ -4,6 +4,7 @@
 |---|---|
 | `/livez`, `/readyz`, `/openapi.json`, `/docs` | none: probes and documentation |
 | `/metrics` | `metrics` |
+| `/weights/{run}/{version}/{name}` | `weights` |
 | every other one, known or not | `rollout` |
 
 Websockets are refused: nothing here speaks them.
@@ -27,6 +28,8 @@ def needed(path: str) -> Scope | None:
         return None
     if path == "/metrics" or path.startswith("/metrics/"):
         return Scope.METRICS
+    if path.startswith("/weights/") and path.count("/") > 2:
+        return Scope.WEIGHTS
     return Scope.ROLLOUT
 
 

@@ -3,6 +3,8 @@
     Redis answers -> engine loaded -> head's weights taken -> ready -> …
     -> told to stop -> left the fleet -> drained
 
+While the first weights are taken the server is in the fleet table already, as one that loads.
+
 A background task that dies ends this, and so does an engine that is dead or gives no sign of life.
 """
 
@@ -10,9 +12,7 @@ import asyncio
 import contextlib
 import gc
 import logging
-import tempfile
 from collections.abc import Coroutine
-from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
@@ -23,22 +23,21 @@ from server.costs import Cost
 from server.engines import EngineName, choose, open_engine
 from server.engines.base import Engine, SpeaksOpenAI
 from server.follower import Follower
+from server.following import open_follower
 from server.liveness import alive
 from server.rewards.pool import RewardPool
 from server.service import RolloutService
 from server.settings import ServerSettings
+from server.states import CaughtUp, Drain
 from server.tokens import Tokens
+from server.waiting import patiently
 from shared.coordination import RedisCoordinator
 from shared.errors import ConfigError, SpokeError
-from shared.fleet import ServerState
-from shared.store import FsspecStore
 
 log = logging.getLogger("spoke.server")
 
 HAND_BACK_S = 5
 """How long the answers to what was handed back may take to be read, seconds."""
-SCRATCH = "/dev/shm" if Path("/dev/shm").is_dir() else None
-"""Where fetched versions lie until they are applied: memory where there is such a folder."""
 
 
 async def life(settings: ServerSettings, holder: Holder, url: str, stop: asyncio.Event) -> None:
@@ -72,26 +71,33 @@ async def life(settings: ServerSettings, holder: Holder, url: str, stop: asyncio
         if isinstance(engine, SpeaksOpenAI):
             holder.openai = await engine.openai_app(settings.served_model_name or service.model)
         if coordinator is not None:
-            follower = await _follower(settings, holder, service, coordinator, url, stack)
-            await follower.catch_up()
+            follower = await open_follower(settings, holder, service, coordinator, url, stack)
+            await _caught_up(follower, settings, engine)
         settle_heap()
         holder.service = service
-        holder.status.state = ServerState.READY
+        holder.status.note(CaughtUp())
         log.info("%s serves version %d at %s", settings.server_id, engine.version, url)
         try:
-            if follower is not None:
-                with contextlib.suppress(
-                    SpokeError
-                ):  # Redis away just now: the heartbeat tries again
-                    await follower.report()
             await _serve_until(stop, _watch(engine, settings.liveness_s), follower)
         finally:
-            holder.status.state = ServerState.DRAINING
+            holder.status.note(Drain())
             # Before anything is waited for: nobody may choose this server now.
             if coordinator is not None:
                 with contextlib.suppress(SpokeError):
                     await coordinator.leave(settings.server_id)
         await _drain(service, settings.drain_s)
+
+
+async def _caught_up(follower: Follower, settings: ServerSettings, engine: Engine) -> None:
+    """Take the first weights; be in the fleet table meanwhile, and do not wait for an engine that is dead."""
+    async with asyncio.TaskGroup() as group:
+        beside = [
+            group.create_task(follower.heartbeat()),
+            group.create_task(_watch(engine, settings.liveness_s)),
+        ]
+        await follower.catch_up(settings.redis_wait_s)
+        for task in beside:
+            task.cancel()
 
 
 def settle_heap() -> None:
@@ -154,7 +160,7 @@ async def _coordinator(
         return None
     coordinator = RedisCoordinator(settings.redis_url, settings.run)
     stack.push_async_callback(coordinator.close)
-    await coordinator.ping()
+    await patiently(coordinator.ping, settings.redis_wait_s)
     return coordinator
 
 
@@ -184,24 +190,3 @@ async def _rewards(settings: ServerSettings, stack: contextlib.AsyncExitStack) -
     stack.push_async_callback(pool.close)
     await pool.start()
     return pool
-
-
-async def _follower(
-    settings: ServerSettings,
-    holder: Holder,
-    service: RolloutService,
-    coordinator: RedisCoordinator,
-    url: str,
-    stack: contextlib.AsyncExitStack,
-) -> Follower:
-    scratch = stack.enter_context(tempfile.TemporaryDirectory(prefix="spoke-", dir=SCRATCH))
-    return Follower(
-        coordinator=coordinator,
-        open_store=lambda store_url: FsspecStore(store_url, settings.run),
-        store_url=settings.store,
-        status=holder.status,
-        engine=service.engine,
-        url=url,
-        scratch=Path(scratch),
-        metrics=holder.metrics,
-    )

@@ -46,10 +46,19 @@ class Metrics:
         self.first_node_s = seconds("tree_first_node_seconds", "From arrival to the first node.")
         self.tree_s = seconds("tree_seconds", "From arrival to the answer.")
         self.grading_s = seconds("tree_reward_seconds", "Grading after the last token.")
+        self.sent_weights = counter(
+            "weights_sent_bytes", "Bytes of weight files handed to other servers."
+        )
         self.updates = counter("weight_updates", "Weight updates by outcome.", ["outcome"])
+        self.fetched = counter(
+            "weight_fetched_bytes",
+            "Bytes of versions fetched: from the store, or from a peer.",
+            ["source"],
+        )
         self.update_s = seconds(
             "weight_update_seconds",
-            "Phases of a weight update: fetch (and verify), pause (no token sampled), apply (part of the pause).",
+            "Phases of a weight update: fetch (files), decode (and verify), stage (read by the engine), pause (no "
+            "token sampled), apply (of the pause).",
             ["phase"],
         )
 

@@ -70,15 +70,17 @@ _DETAILS: dict[int, tuple[str, str | None]] = {
     ),
     413: ("body: it has more than 16777216 bytes; send less, or raise --max-body-mib", "body"),
     415: ("body: send JSON with Content-Type: application/json", "body"),
+    416: ("range: this file has 1048576 bytes", "range"),
     422: ("plan.branch_factors.0: Input should be greater than or equal to 1", "plan.branch_factors.0"),
     429: ("this server is full; try again after the seconds that Retry-After names", None),
     500: ("an unexpected error; the server's log has the traceback", None),
-    503: ("this server is loading", None),
+    503: ("this server is stale: it holds version 3, the run is at 7, at most 1 behind may serve", None),
 }  # fmt: skip
 _HEADERS: dict[int, dict[str, str]] = {
     401: {"WWW-Authenticate": "Bearer"},
     403: {"WWW-Authenticate": "Bearer, with the scope that is needed"},
     405: {"Allow": "Methods of this path."},
+    416: {"Content-Range": "`bytes */` and the file's size."},
     429: {"Retry-After": "Seconds."},
     503: {"Retry-After": "Seconds."},
 }
@@ -123,7 +125,7 @@ def document(app: FastAPI) -> dict[str, Any]:
             "bearer": {
                 "type": "http",
                 "scheme": "bearer",
-                "description": "A token of the server's owner, with scopes: rollout, admin, metrics.",
+                "description": "A token of the server's owner, with scopes: rollout, admin, metrics, weights.",
             }
         }
         for path, operations in made["paths"].items():

@@ -28,6 +28,7 @@ TITLES: Mapping[int, str] = {
     409: "Conflict",
     413: "Too large",
     415: "Unsupported media type",
+    416: "No such range",
     422: "Request cannot be served",
     429: "Server full",
     500: "Unexpected error",

@@ -21,6 +21,7 @@ from server.app import Holder, create_app
 from server.auth import log_auth
 from server.life import HAND_BACK_S, life
 from server.settings import ServerSettings
+from server.states import Standing
 from server.status import Status
 from shared.errors import ConfigError, SpokeError
 from shared.fleet import ServerState
@@ -50,7 +51,7 @@ async def serve(settings: ServerSettings, listener: socket.socket) -> int:
         in_environment=settings.tokens_in_environment,
     )
     check_model(settings.engine_settings.model)
-    status = Status(server_id=settings.server_id)
+    status = Status(server_id=settings.server_id, standing=Standing(max_lag=settings.max_lag))
     holder = Holder(status, liveness_s=settings.liveness_s)
     config = uvicorn.Config(
         create_app(holder, tokens=settings.tokens, limits=settings.limits),

@@ -31,6 +31,7 @@ from server.status import Status
 from server.tokens import Tokens
 from shared.digests import sha256
 from shared.errors import BusyError, RequestError
+from shared.fleet import ServerState
 from shared.wire import (
     ChainPlan,
     Plan,
@@ -230,6 +231,8 @@ class RolloutService:
         )
         grading = Grading(self.tokens, self.rewards, request.reward)
         async with self._place(request, prompt, arrived) as admitted:
+            if self.status.state is ServerState.STALE:  # while it waited in line
+                self.status.check()
             started = time.monotonic()
             root = await sample(
                 request.plan,

@@ -39,6 +39,14 @@ class ServerSettings:
     run: str = "default"
     store: str | None = None
     """Weight store, where this server reaches it under another URL than the trainer announces."""
+    store_token: str | None = field(default=None, repr=False)
+    """Sent to stores over HTTP and to other servers, and accepted from them for weights alone."""
+    weights_dir: Path | None = None
+    """Where fetched versions lie, to be used again after a restart; None: a folder that goes with the process."""
+    redis_wait_s: float = 60.0
+    """How long Redis may be away at the start, seconds."""
+    max_lag: int | None = None
+    """Most versions that this server may lag behind and serve; None takes what the head says."""
     advertise_url: str | None = None
     """How trainers reach this server; None is `http://HOST:PORT`."""
     served_model_name: str | None = None

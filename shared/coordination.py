@@ -5,14 +5,18 @@ that names its address (never its password).
 """
 
 import asyncio
+import secrets
 from collections.abc import Awaitable, Sequence
+from functools import cache
 from importlib.resources import files
 from typing import Any, Protocol, TypeVar
 
 import redis.asyncio
-from redis.exceptions import RedisError
+from redis.exceptions import AuthenticationError, RedisError
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
-from shared.errors import ConfigError, CoordinationError, LeaseError
+from shared.errors import ConfigError, CoordinationError, LeaseError, LeaseHeldError
 from shared.fleet import Head, ServerRecord
 from shared.keys import Keys
 from shared.redis_url import redacted
@@ -25,13 +29,19 @@ RECORD_S = 5.0
 """Lifetime of a server's record, seconds."""
 CALL_S = 5.0
 """Bound of one call to Redis, seconds."""
+NO_EVENT = "0-0"
+"""Id before the first event."""
 
 
-class Coordinator(Protocol):
-    """What both sides need of Redis."""
+class Leases(Protocol):
+    """What a trainer needs to be the one that publishes."""
 
     async def acquire_lease(self, owner: str) -> str:
-        """Take the run for `owner`; returns the fencing token. Raises LeaseError when another holds it."""
+        """Take the run for `owner`, a name that no other process has; returns a token that is never given again.
+
+        Raises:
+            LeaseHeldError: another owner holds it.
+        """
         ...
 
     async def renew_lease(self, token: str, *, release: bool = False) -> None:
@@ -39,20 +49,35 @@ class Coordinator(Protocol):
         ...
 
     async def announce(self, token: str, head: Head) -> None:
-        """Set the head, once its bytes are durable.
+        """Set the head, once its bytes are durable; announcing the same head again changes nothing.
 
         Raises:
-            LeaseError: the lease is no longer ours.
-            CoordinationError: the version does not grow, or Redis is away.
+            LeaseError: the lease is no longer ours, or the version does not grow.
+            CoordinationError: Redis is away.
         """
         ...
+
+
+class Coordinator(Protocol):
+    """What both sides need of Redis."""
 
     async def head(self) -> Head | None:
         """The newest announced version; None before the first."""
         ...
 
+    async def restore(self, head: Head) -> bool:
+        """Give a Redis that lost it a head that was announced before; no lease needed.
+
+        Returns:
+            Whether it was restored: a head as high or higher stays as it is.
+        """
+        ...
+
     async def wait_event(self, after: str, timeout_s: float) -> str:
-        """Id of the newest event later than `after`, or `after` itself when none came in time."""
+        """Id of the newest event, once it is another than `after`; `after` itself when none came in time.
+
+        Another and not a later one: a Redis that restarted empty, or whose clock jumped back, gives lower ids.
+        """
         ...
 
     async def report(self, record: ServerRecord) -> None:
@@ -68,8 +93,25 @@ class Coordinator(Protocol):
         ...
 
 
+@cache
+def _script(name: str) -> str:
+    return (files("shared") / "lua" / f"{name}.lua").read_text()
+
+
+def _pairs(head: Head) -> list[str]:
+    """A head as the names and values of a Redis hash, in turn."""
+    return [part for field in head.fields().items() for part in field]
+
+
+def is_away(error: CoordinationError) -> bool:
+    """May the same call go well later? Not where Redis answered, with a refusal."""
+    away = (OSError, RedisConnectionError, RedisTimeoutError)  # TimeoutError is an OSError
+    cause = error.__cause__
+    return isinstance(cause, away) and not isinstance(cause, AuthenticationError)
+
+
 class RedisCoordinator:
-    """A `Coordinator` on one Redis.
+    """`Leases` and `Coordinator` on one Redis. Every expiry is by Redis' own clock.
 
     Args:
         url: `redis://`, `rediss://` or `unix://`.
@@ -98,11 +140,11 @@ class RedisCoordinator:
                 "/ ? # and @ in a password are %2F %3F %23 and %40"
             ) from None
         self._where = redacted(url)
-        scripts = files("shared") / "lua"
-        self._acquire, self._renew, self._announce = (
-            (scripts / f"{name}.lua").read_text()
-            for name in ("acquire_lease", "renew_lease", "announce")
-        )
+
+    @property
+    def keys(self) -> Keys:
+        """Names of the run's keys."""
+        return self._keys
 
     async def _call(self, call: Awaitable[T], bound_s: float = CALL_S) -> T:
         try:
@@ -113,9 +155,15 @@ class RedisCoordinator:
             reason = str(error) or type(error).__name__
             raise CoordinationError(f"Redis at {self._where} does not answer: {reason}") from error
 
-    async def _eval(self, script: str, keys: Sequence[str], args: Sequence[str | int]) -> Any:  # noqa: ANN401
-        """Run a script by its text: they are short, and a Redis that restarted empty knows no hashes."""
-        return await self._call(self._redis.eval(script, len(keys), *keys, *args))
+    async def script(self, name: str, keys: Sequence[str], args: Sequence[str | int]) -> Any:  # noqa: ANN401
+        """Run `shared/lua/NAME.lua`; its first lines say what it takes and returns.
+
+        By its text: scripts are short, and a Redis that restarted empty knows no hashes.
+
+        Raises:
+            CoordinationError: Redis is away.
+        """
+        return await self._call(self._redis.eval(_script(name), len(keys), *keys, *args))
 
     async def ping(self) -> None:
         """Raise CoordinationError unless Redis answers."""
@@ -126,41 +174,34 @@ class RedisCoordinator:
         await self._redis.aclose()
 
     async def acquire_lease(self, owner: str) -> str:
-        """See `Coordinator.acquire_lease`."""
+        """See `Leases.acquire_lease`."""
         keys = [self._keys.lease, self._keys.fence]
-        taken, answer = await self._eval(self._acquire, keys, [owner, int(LEASE_S * 1000)])
+        args: list[str | int] = [owner, int(LEASE_S * 1000), secrets.token_hex(8)]
+        taken, *answer = await self.script("acquire_lease", keys, args)
         if not taken:
-            raise LeaseError(
-                f"run {self._keys.run!r} is being trained by {answer}; stop it, or wait {LEASE_S:.0f} s "
-                "after it died, or use another --run"
-            )
-        return str(answer)
+            holder, left_ms = answer
+            raise LeaseHeldError(self._keys.run, str(holder), int(left_ms) / 1000)
+        return str(answer[0])
 
     async def renew_lease(self, token: str, *, release: bool = False) -> None:
-        """See `Coordinator.renew_lease`."""
+        """See `Leases.renew_lease`."""
         lifetime = 0 if release else int(LEASE_S * 1000)
-        if not await self._eval(self._renew, [self._keys.lease], [token, lifetime]):
+        if not await self.script("renew_lease", [self._keys.lease], [token, lifetime]):
             raise LeaseError(
                 f"the lease on run {self._keys.run!r} is gone: another trainer may hold it"
             )
 
     async def announce(self, token: str, head: Head) -> None:
-        """See `Coordinator.announce`."""
+        """See `Leases.announce`."""
         keys = [self._keys.lease, self._keys.head, self._keys.events]
-        args: list[str | int] = [
-            token,
-            head.version,
-            head.manifest_digest,
-            head.weights_digest,
-            head.store,
-        ]
-        done, answer = await self._eval(self._announce, keys, args)
+        args: list[str | int] = [token, head.version, head.manifest_digest, *_pairs(head)]
+        done, answer = await self.script("announce", keys, args)
         if not done and answer == "lease":
             raise LeaseError(
                 f"the lease on run {self._keys.run!r} is gone; version {head.version} is not announced"
             )
         if not done:
-            raise CoordinationError(
+            raise LeaseError(
                 f"version {head.version} cannot follow version {answer}, which is announced"
             )
 
@@ -169,10 +210,20 @@ class RedisCoordinator:
         fields = await self._call(self._redis.hgetall(self._keys.head))
         return Head.of(fields) if fields else None
 
+    async def restore(self, head: Head) -> bool:
+        """See `Coordinator.restore`."""
+        keys = [self._keys.head, self._keys.events]
+        return bool(await self.script("restore", keys, [head.version, *_pairs(head)]))
+
     async def wait_event(self, after: str, timeout_s: float) -> str:
         """See `Coordinator.wait_event`."""
+        newest = await self._call(self._redis.xrevrange(self._keys.events, count=1))
+        last = str(newest[0][0]) if newest else NO_EVENT
+        if last not in (after, NO_EVENT):
+            return last
         block = min(timeout_s, CALL_S - 1.0)
-        call = self._redis.xread({self._keys.events: after}, block=max(1, int(block * 1000)))
+        # After `last`, not `after`: in a stream that was emptied every event is a new one.
+        call = self._redis.xread({self._keys.events: last}, block=max(1, int(block * 1000)))
         answer = await self._call(call, block + CALL_S)
         return str(answer[0][1][-1][0]) if answer else after
 
@@ -198,4 +249,8 @@ class RedisCoordinator:
         if not ids:
             return []
         found = await self._call(self._redis.mget([self._keys.server(i) for i in ids]))
+        gone = [i for i, text in zip(ids, found, strict=True) if text is None]
+        if gone:
+            keys = [self._keys.servers, *(self._keys.server(i) for i in gone)]
+            await self.script("forget_servers", keys, gone)
         return [ServerRecord.model_validate_json(text) for text in found if text is not None]

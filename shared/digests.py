@@ -14,10 +14,15 @@ def sha256(data: bytes | bytearray | memoryview) -> str:
 
 def file_sha256(path: Path) -> str:
     """Hexadecimal SHA-256 of a file, read in pieces of a mebibyte."""
-    digest = hashlib.sha256()
     with path.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
+        return sha256_of(iter(lambda: stream.read(_CHUNK), b""))
+
+
+def sha256_of(pieces: Iterable[bytes]) -> str:
+    """Hexadecimal SHA-256 of bytes that come in pieces."""
+    digest = hashlib.sha256()
+    for piece in pieces:
+        digest.update(piece)
     return digest.hexdigest()
 
 

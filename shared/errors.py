@@ -8,8 +8,11 @@ SpokeError
 │   └── TreeTooLargeError  it is more than the reader takes
 ├── EngineError            the engine failed, or is dead
 ├── WeightsError           bytes of a version are missing, damaged or do not fit the model
+│   ├── RoomError          the disk has no room for them
+│   └── NeedsFullError     changed elements alone are of no use to the engine: it takes a full set
 └── CoordinationError      Redis is away, or refused
-    ├── LeaseError         another trainer holds the run, or our lease is gone
+    ├── LeaseError         our lease on the run is gone, or another trainer has trained it
+    │   └── LeaseHeldError another trainer holds the run
     └── FleetError         too few live servers, or they did not follow in time
 """
 
@@ -69,12 +72,35 @@ class WeightsError(SpokeError):
     """Weights that are missing, damaged, or do not fit the model; the old ones stay in place."""
 
 
+class RoomError(WeightsError):
+    """The disk has no room for a version's bytes: another source would not help."""
+
+
+class NeedsFullError(WeightsError):
+    """A patch for an engine that holds other weights than the patch's base, or that takes full sets only."""
+
+
 class CoordinationError(SpokeError):
     """Redis is away, or refused."""
 
 
 class LeaseError(CoordinationError):
-    """Another trainer holds the run, or our lease on it is gone."""
+    """Our lease on the run is gone, or another trainer has trained it."""
+
+
+class LeaseHeldError(LeaseError):
+    """Another trainer holds the run.
+
+    Args:
+        run: its name.
+        owner: who holds it.
+        left_s: seconds until its lease ends unless it is renewed, by Redis' clock.
+    """
+
+    def __init__(self, run: str, owner: str, left_s: float) -> None:
+        super().__init__(f"run {run!r} is being trained by {owner}; stop it, or use another --run")
+        self.owner = owner
+        self.left_s = left_s
 
 
 class FleetError(CoordinationError):

@@ -4,10 +4,15 @@
 |------------------------------|---------|-----------------|------------------|-------------------|
 | `spoke:{RUN}:lease`          | hash    | lease (10 s)    | the trainer      | announce.lua      |
 | `spoke:{RUN}:fence`          | integer | the run         | acquire_lease    | acquire_lease     |
-| `spoke:{RUN}:head`           | hash    | the run         | announce.lua     | servers, trainer  |
-| `spoke:{RUN}:events`         | stream  | ~1000 entries   | announce.lua     | servers           |
-| `spoke:{RUN}:servers`        | set     | the run         | servers          | trainer, commands |
+| `spoke:{RUN}:head`           | hash    | the run         | announce, restore| servers, trainer  |
+| `spoke:{RUN}:events`         | stream  | ~1000 entries   | announce, restore| servers           |
+| `spoke:{RUN}:servers`        | set     | the run         | servers; readers | trainer, commands |
 | `spoke:{RUN}:server:ID`      | string  | lease (5 s)     | that server      | trainer, commands |
+| `spoke:{RUN}:holders:V`      | zset    | 30 s            | settle_source    | claim_source      |
+| `spoke:{RUN}:slots:SOURCE`   | zset    | claim (15 s)    | claim_source     | claim_source      |
+
+A Redis that restarted empty gets the head back from whoever remembers it (restore.lua), the servers with their
+next record, the lease from its trainer.
 
 The braces are Redis' hash tag: all keys of a run live on one node of a cluster, as the scripts need.
 """
@@ -61,3 +66,11 @@ class Keys:
     def server(self, server_id: str) -> str:
         """One server's record, JSON."""
         return self._key(f"server:{server_id}")
+
+    def holders(self, version: int) -> str:
+        """URLs of servers that said a moment ago that they hold a version."""
+        return self._key(f"holders:{version}")
+
+    def slots(self, source: str) -> str:
+        """Who fetches from a source now."""
+        return self._key(f"slots:{source}")

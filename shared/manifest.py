@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from shared.digests import sha256, weights_digest
 from shared.errors import WeightsError
 
+FORMAT = 2
+"""Of manifests; 1 knew no shortcuts and no digest of a delta's base."""
 RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -67,7 +69,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    format: int = 2
+    format: int = FORMAT
     run: str
     version: int = Field(ge=0)
     base_version: int | None = None
@@ -143,6 +145,11 @@ class Manifest(BaseModel):
             first = error.errors()[0]
             where = ".".join(map(str, first["loc"])) or "the file"
             raise WeightsError(f"manifest of version {version}: {where}: {first['msg']}") from None
+        if manifest.format != FORMAT:
+            raise WeightsError(
+                f"manifest of version {version} has format {manifest.format}, which this Spoke does not read "
+                f"(it reads {FORMAT}); publish the weights again under a new run name"
+            )
         if manifest._own_digest() != manifest.digest:
             raise WeightsError(
                 f"manifest of version {version}: its digest does not match its content"

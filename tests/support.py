@@ -3,10 +3,12 @@
 import asyncio
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
@@ -25,6 +27,49 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+class RedisProcess:
+    """A real redis-server that can be killed and started again on the same port, empty each time."""
+
+    def __init__(self, folder: str) -> None:
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}/0"
+        self._folder = folder
+        self._process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        """Return once it answers."""
+        binary = shutil.which("redis-server")
+        assert binary is not None, "redis-server is not on the PATH: `make setup` installs it"
+        own = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--dir", self._folder]
+        self._process = subprocess.Popen([binary, *own], stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if "Ready to accept connections" in line:
+                return
+        raise AssertionError("redis-server ended")
+
+    def kill(self) -> None:
+        """As by `kill -9`; nothing happens where it does not run."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            assert self._process.stdout is not None
+            self._process.stdout.close()
+            self._process = None
+
+
+@contextlib.contextmanager
+def running_redis() -> Iterator[RedisProcess]:
+    """A Redis of a test's own."""
+    with tempfile.TemporaryDirectory() as folder:
+        server = RedisProcess(folder)
+        server.start()
+        try:
+            yield server
+        finally:
+            server.kill()
 
 
 @dataclass(frozen=True)

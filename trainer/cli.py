@@ -33,6 +33,7 @@ def parser() -> argparse.ArgumentParser:
         commands.add_parser("fleet", help="the servers of a run, their versions, state and load")
     )
     _add_push(commands.add_parser("push", help="publish a checkpoint as the next version"))
+    _add_store(commands.add_parser("store", help="serve a weight store's folder over HTTP"))
     _add_warmstart(commands.add_parser("warmstart", help="make the quickstart's first checkpoint"))
     return parse
 
@@ -197,6 +198,22 @@ def _add_push(parse: argparse.ArgumentParser) -> None:
     parse.add_argument(
         "--wait", type=float, default=300.0, help="bound of the wait for the fleet, seconds"
     )
+
+
+def _add_store(parse: argparse.ArgumentParser) -> None:
+    parse.add_argument(
+        "root", type=Path, metavar="ROOT", help="folder with a folder for each run: `fleet.store`"
+    )
+    parse.add_argument("--host", default="127.0.0.1", help="(%(default)s)")
+    parse.add_argument("--port", type=int, default=8100, help="0 takes a free one (%(default)s)")
+    parse.add_argument(
+        "--auth", choices=["auto", "on", "off"], default="auto",
+        help="ask for the bearer token of SPOKE_STORE_TOKEN: auto does where there is one, and refuses to listen "
+        "beyond loopback without",
+    )  # fmt: skip
+    parse.add_argument(
+        "--with-stdin", action="store_true", help="end when standard input ends, as a child process does"
+    )  # fmt: skip
 
 
 def _add_warmstart(parse: argparse.ArgumentParser) -> None:

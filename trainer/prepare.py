@@ -1,7 +1,7 @@
 """What a run needs before its first step: folder, questions, model and optimizer, Redis, store and fleet."""
 
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import torch
@@ -15,9 +15,11 @@ from trainer.config import TrainSettings
 from trainer.critic import Critic, load_critic
 from trainer.data import Question, load
 from trainer.fleet import Fleet, registered
+from trainer.lease import hold
 from trainer.optimizer import PolicyOptimizer
 from trainer.policy import DTYPES, load_policy, recompute_activations
-from trainer.publish import Publisher, lease
+from trainer.publish import Publisher
+from trainer.serving import announced
 from trainer.settings import KLEstimator
 from trainer.update import Learner
 
@@ -86,7 +88,7 @@ def build_learner(settings: TrainSettings, checkpoint: Path | None) -> Learner:
 
 @contextlib.asynccontextmanager
 async def connect(
-    settings: TrainSettings, folder: Path
+    settings: TrainSettings, folder: Path, status: Callable[[str], None]
 ) -> AsyncIterator[tuple[RedisCoordinator, Publisher, Fleet]]:
     """Redis, the lease, the store and the fleet; closed in reverse.
 
@@ -103,7 +105,10 @@ async def connect(
     async with contextlib.AsyncExitStack() as stack:
         coordinator = RedisCoordinator(fleet_settings.redis_url, settings.run)
         stack.push_async_callback(coordinator.close)
-        token = await stack.enter_async_context(lease(coordinator))
+        lease = await stack.enter_async_context(
+            hold(coordinator, lambda: max(store.versions(), default=-1), settings.run, status)
+        )
+        store_url = await stack.enter_async_context(announced(fleet_settings, store, folder))
         fleet = Fleet(
             registered(coordinator),
             concurrency=settings.rollout.concurrency,
@@ -112,11 +117,14 @@ async def connect(
         stack.push_async_callback(fleet.close)
         publisher = Publisher(
             store=store,
-            store_url=url,
+            store_url=store_url,
             coordinator=coordinator,
-            token=token,
+            lease=lease,
             run=settings.run,
             dtype=fleet_settings.dtype,
             keep=fleet_settings.keep_versions,
+            anchor_every=fleet_settings.anchor_every,
+            wait_s=fleet_settings.wait_s,
+            status=status,
         )
         yield coordinator, publisher, fleet

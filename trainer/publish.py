@@ -1,131 +1,215 @@
-"""A version into the world: durable bytes first, announcement last (DESIGN.md section 6)."""
+"""A version into the world: durable bytes first, announcement last (DESIGN.md section 6).
+
+Nothing here needs the model: once its weights are copied, a step need not wait for encoding, storing and
+announcing. A Redis or a store that is away makes a version wait, for a bounded time.
+"""
 
 import asyncio
-import contextlib
-import os
-import socket
 import tempfile
-from collections.abc import AsyncIterator, Iterator, Mapping
-from dataclasses import dataclass
+import threading
+import time
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
 
-from shared.coordination import LEASE_S, Coordinator
-from shared.errors import CoordinationError
+from shared.coordination import Coordinator
+from shared.errors import CoordinationError, LeaseError, WeightsError
 from shared.fleet import Head
-from shared.shards import describe
+from shared.manifest import Manifest
 from shared.store import WeightStore
+from trainer.collection import Collector
+from trainer.encoding import Base, encode_version
+from trainer.lease import Lease
+from trainer.publish_report import PublishReport
 
-SHARD_BYTES = 2 << 30
-"""Most bytes of one safetensors file, unless a single tensor is larger."""
-
-
-def shards(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    """Tensors in groups of at most `SHARD_BYTES`, by name."""
-    group: dict[str, Tensor] = {}
-    size = 0
-    for name in sorted(tensors):
-        tensor = tensors[name]
-        if group and size + tensor.nbytes > SHARD_BYTES:
-            yield group
-            group, size = {}, 0
-        group[name] = tensor
-        size += tensor.nbytes
-    yield group
+RETRY_S = 1.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Publisher:
     """Publishes the versions of one run.
 
     Args:
         store: takes the bytes.
         store_url: how servers reach it.
-        coordinator: takes the announcement.
-        token: fencing token of the lease.
+        coordinator: knows the head and the live servers.
+        lease: without it nothing is published.
         run: name of the run.
         dtype: of the published tensors, for the manifest.
         keep: newest versions that stay in the store.
+        anchor_every: versions from one anchor to the next.
+        max_staleness: of the announced heads; see `Head`.
+        wait_s: bound of the wait for a store or a Redis that is away, each.
+        status: shows what is waited for.
     """
 
-    store: WeightStore
-    store_url: str
-    coordinator: Coordinator
-    token: str
-    run: str
-    dtype: str
-    keep: int
+    def __init__(
+        self,
+        *,
+        store: WeightStore,
+        store_url: str,
+        coordinator: Coordinator,
+        lease: Lease,
+        run: str,
+        dtype: str,
+        keep: int = 3,
+        anchor_every: int = 10,
+        max_staleness: int | None = None,
+        wait_s: float = 300.0,
+        status: Callable[[str], None] = lambda text: None,
+    ) -> None:
+        self._store, self._store_url = store, store_url
+        self._coordinator, self._lease = coordinator, lease
+        self._collector = Collector(store=store, coordinator=coordinator, keep=keep)
+        self._run, self._dtype, self._anchor_every = run, dtype, anchor_every
+        self._max_staleness, self._wait_s, self._status = max_staleness, wait_s, status
+        self._base: Base | None = None
+        self._last_anchor = -1
+        self._turn = asyncio.Lock()
+        self._reports: list[PublishReport] = []
 
-    async def next_version(self) -> int:
-        """One more than every version that was ever announced or stored: no number is used twice."""
-        head = await self.coordinator.head()
-        stored = await asyncio.to_thread(self.store.versions)
-        return max([-1, *stored, *([head.version] if head else [])]) + 1
+    async def next_version(self, after: int = -1) -> int:
+        """One more than every version that was begun in the store, announced, or that a live server knows.
 
-    async def publish(self, version: int, tensors: Mapping[str, Tensor]) -> Head:
-        """Write a full version, then announce it.
+        Args:
+            after: of a checkpoint; -1 without.
+        """
+        head = await self._coordinator.head()
+        servers = await self._coordinator.servers()
+        known = [v for r in servers for v in (r.version if r.digest else -1, r.head or -1)]
+        stored = await asyncio.to_thread(self._store.numbers)
+        return max([after, *stored, *known, -1 if head is None else head.version]) + 1
+
+    async def publish(
+        self, version: int, tensors: Mapping[str, Tensor], *, snapshot_s: float = 0.0
+    ) -> Head:
+        """Write a version, then announce it. One version at a time: another call waits for its turn.
+
+        Cancelled, it leaves no version behind, or one that is whole and not announced.
 
         Args:
             version: higher than every version before.
-            tensors: by checkpoint name, contiguous, on the CPU, in the published dtype.
+            tensors: by checkpoint name, contiguous, on the CPU, in the published dtype; nobody changes them later.
+            snapshot_s: what the copy took, for the report.
 
         Raises:
-            WeightsError: the store refused; nothing is announced.
-            CoordinationError: Redis is away, or our lease is gone.
+            WeightsError: the store refused, or was away too long; nothing is announced.
+            LeaseError: another trainer has the run.
+            CoordinationError: Redis was away too long.
         """
-        manifest_digest, weights_digest = await asyncio.to_thread(self._write, version, tensors)
+        async with self._turn:
+            return await self._publish(version, tensors, snapshot_s)
+
+    def reports(self) -> list[PublishReport]:
+        """What the versions cost that were announced since the last call."""
+        taken, self._reports = self._reports, []
+        return taken
+
+    async def _publish(
+        self, version: int, tensors: Mapping[str, Tensor], snapshot_s: float
+    ) -> Head:
+        started = time.monotonic()
+        with tempfile.TemporaryDirectory(
+            prefix="spoke-publish-", ignore_cleanup_errors=True
+        ) as scratch:
+            folder = Path(scratch)
+            manifest = await asyncio.to_thread(self._encode, version, tensors, folder)
+            encoded = time.monotonic()
+            self._lease.begin(version)
+            await self._patiently(lambda: self._write(manifest, folder), f"version {version}")
+        # The version exists, whether or not it is announced: the next one may build on it.
+        self._base = Base(manifest=manifest, tensors=tensors)
+        if manifest.is_anchor:
+            self._last_anchor = version
+        stored = time.monotonic()
         head = Head(
             version=version,
-            manifest_digest=manifest_digest,
-            weights_digest=weights_digest,
-            store=self.store_url,
+            manifest_digest=manifest.digest,
+            weights_digest=manifest.weights_digest,
+            store=self._store_url,
+            max_staleness=self._max_staleness,
         )
         # Only now: a server that hears of a version must find its bytes.
-        await self.coordinator.announce(self.token, head)
+        await self._patiently(lambda: self._lease.announce(head), f"announcing version {version}")
+        announced = time.monotonic()
+        self._reports.append(
+            PublishReport.of(
+                manifest,
+                full_bytes=sum(tensor.nbytes for tensor in tensors.values()),
+                snapshot_s=snapshot_s,
+                encode_s=encoded - started,
+                store_s=stored - encoded,
+                announce_s=announced - stored,
+            )
+        )
         return head
 
-    def _write(self, version: int, tensors: Mapping[str, Tensor]) -> tuple[str, str]:
-        with tempfile.TemporaryDirectory(prefix="spoke-publish-") as scratch:
-            paths = []
-            for number, group in enumerate(shards(tensors)):
-                path = Path(scratch) / f"weights-{number:05d}.safetensors"
-                save_file(group, path)
-                paths.append(path)
-            manifest = describe(paths, run=self.run, version=version, dtype=self.dtype)
-            self.store.publish(manifest, Path(scratch))
-        return manifest.digest, manifest.weights_digest
+    def _encode(self, version: int, tensors: Mapping[str, Tensor], folder: Path) -> Manifest:
+        return encode_version(
+            tensors,
+            folder,
+            run=self._run,
+            version=version,
+            dtype=self._dtype,
+            base=self._base,
+            anchor=version - self._last_anchor >= self._anchor_every,
+        )
+
+    async def _write(self, manifest: Manifest, folder: Path) -> None:
+        """Files, then the lease once more, then the manifest: a trainer that was overtaken leaves no version."""
+        loop = asyncio.get_running_loop()
+        given_up = threading.Event()
+
+        def confirm() -> None:
+            if given_up.is_set():  # a thread cannot be stopped in any other place
+                raise LeaseError(f"version {manifest.version} is given up")
+            held = self._patiently(self._lease.check, f"version {manifest.version}")
+            asyncio.run_coroutine_threadsafe(held, loop).result()
+
+        try:
+            await asyncio.to_thread(self._store.publish, manifest, folder, before_manifest=confirm)
+        except asyncio.CancelledError:
+            given_up.set()
+            raise
+        except WeightsError:
+            if not await asyncio.to_thread(self._is_stored, manifest):
+                raise
+
+    def _is_stored(self, manifest: Manifest) -> bool:
+        """Did an earlier attempt succeed, whose answer was lost?"""
+        try:
+            return self._store.manifest(manifest.version).digest == manifest.digest
+        except WeightsError:
+            return False
+
+    async def _patiently(self, call: Callable[[], Awaitable[None]], what: str) -> None:
+        """Call until it works, or for `wait_s`: a Redis or a store that is away comes back."""
+        deadline, said = time.monotonic() + self._wait_s, ""
+        while True:
+            try:
+                return await call()
+            except LeaseError:
+                raise
+            except (CoordinationError, WeightsError) as error:
+                # A store that is away is an OSError below; any other refusal would be the same again.
+                refused = isinstance(error, WeightsError) and not isinstance(
+                    error.__cause__, OSError
+                )
+                if refused or time.monotonic() > deadline:
+                    raise
+                if str(error) != said:
+                    said = str(error)
+                    self._status(f"{what} waits: {said}")
+            await asyncio.sleep(min(RETRY_S, self._wait_s / 10))
 
     async def collect(self, newest: int) -> None:
-        """Delete versions that are older than the `keep` newest."""
-        for version in await asyncio.to_thread(self.store.versions):
-            if version <= newest - self.keep:
-                await asyncio.to_thread(self.store.delete, version)
+        """Delete from the store what no live server needs; see `Collector`.
 
-
-@contextlib.asynccontextmanager
-async def lease(coordinator: Coordinator) -> AsyncIterator[str]:
-    """Hold the run while the block runs; gives the fencing token.
-
-    The lease is renewed in the background. A renewal that fails is not an error here: the next announcement is
-    refused instead, which is the moment that matters.
-
-    Raises:
-        LeaseError: another trainer holds the run.
-    """
-    token = await coordinator.acquire_lease(f"{socket.gethostname()}:{os.getpid()}")
-
-    async def renew() -> None:
-        while True:
-            await asyncio.sleep(LEASE_S / 3)
-            with contextlib.suppress(CoordinationError):
-                await coordinator.renew_lease(token)
-
-    renewal = asyncio.create_task(renew())
-    try:
-        yield token
-    finally:
-        renewal.cancel()
-        with contextlib.suppress(CoordinationError):
-            await coordinator.renew_lease(token, release=True)
+        Args:
+            newest: the newest version that is announced; nothing after it is touched.
+        """
+        try:
+            await self._collector.collect(newest)
+        except (CoordinationError, WeightsError, OSError) as error:
+            # Away just now: the next call does it.
+            self._status(f"old versions stay: {error}")

@@ -219,12 +219,19 @@ class FleetSettings(Settings):
     """May carry a password, which no run folder gets; `SPOKE_REDIS_URL` goes before it."""
     store: str | None = None
     """Weight store, any fsspec URL; None is `weights` in the run folder, for servers on this machine."""
+    serve_at: str | None = None
+    """`HOST:PORT`: serve the store, which is a folder here, over HTTP; `SPOKE_STORE_TOKEN` is asked for."""
+    advertise_store: str | None = None
+    """URL of the store as servers reach it; None is `http://HOST:PORT` of `serve_at`, else `store`."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of the published weights."""
     min_servers: int = Field(default=1, ge=1)
     wait_s: float = Field(default=300.0, gt=0.0)
     """Bound of a wait for servers or for a version."""
     keep_versions: int = Field(default=3, ge=1)
+    """Newest versions that stay in the store whatever the servers hold."""
+    anchor_every: int = Field(default=10, ge=1)
+    """Versions from one full copy to the next; those between are deltas where these are smaller."""
 
     @field_serializer("redis_url")
     def _without_password(self, url: str | None) -> str | None:

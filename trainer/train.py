@@ -61,7 +61,8 @@ class Trainer:
         """Train from where the run stands to its last step, or to the end of its budget."""
         total = self.settings.trainer.steps
         self.reporter.status("publishing the first version")
-        await self.publish(await self.publisher.next_version())
+        resumed = self.progress.version if self.progress.step else -1
+        await self.publish(await self.publisher.next_version(resumed))
         await self.measure("before")
         for step in range(self.progress.step, total):
             if self.share >= 1:
@@ -235,7 +236,7 @@ async def train(
         CoordinationError: Redis is away, another trainer holds the run, or the fleet does not follow in time.
     """
     open_folder(settings, folder, resume=resume)
-    async with connect(settings, folder) as (coordinator, publisher, fleet):
+    async with connect(settings, folder, reporter.status) as (coordinator, publisher, fleet):
         with metrics.MetricsLog(folder) as log:
             reporter.status("loading data and model")
             checkpoint = checkpoints.newest(folder) if resume else None

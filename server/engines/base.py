@@ -125,6 +125,8 @@ class Weights:
 class ApplyReport:
     """Seconds of one weight update."""
 
+    stage_s: float = 0.0
+    """Before the pause, while tokens were sampled: how long files were read and checked."""
     pause_s: float
     """How long no token was sampled."""
     apply_s: float
@@ -142,6 +144,11 @@ class Engine(Protocol):
     @property
     def version(self) -> int:
         """The weight version that the next token will be sampled with; 0 is the initial checkpoint."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Digest of the weights that it holds, as `Weights` named it; empty for the initial checkpoint."""
         ...
 
     @property
@@ -166,7 +173,9 @@ class Engine(Protocol):
         stay and serve.
 
         Raises:
-            WeightsError: a tensor is missing, unknown, or has another shape; or the patch is for other weights.
+            NeedsFullError: a patch for other weights than the engine's, or for an engine that takes none.
+            WeightsError: a tensor is missing, unknown, or has another shape, or writing failed and was undone.
+            EngineError: the engine failed, or writing did and could not be undone: it never samples again.
         """
         ...
 

@@ -14,11 +14,11 @@ from server.engines.jobs import Job, Sample
 from server.engines.kv import RowCache
 from server.engines.model import LanguageModel
 from server.engines.news import Watch
-from server.engines.parameters import Staged, write
 from server.engines.prefill import Prefill
 from server.engines.prefixes import PrefixStore
 from server.engines.rows import Rows
 from server.engines.sampling import sample, uniforms
+from server.engines.staging import Change, write
 from server.engines.stops import StopStrings
 from shared.tree import FinishReason
 
@@ -119,8 +119,12 @@ class Batch:
         self._decode(admitted)
         self.times.prefill_s += admitted - began
 
-    def swap(self, staged: Staged, version: int) -> ApplyReport:
-        """Write new weights and compute every running row's keys and values anew with them."""
+    def swap(self, staged: Sequence[Change], version: int) -> ApplyReport:
+        """Write new weights and compute every running row's keys and values anew with them.
+
+        Raises:
+            WeightsError: writing failed; the old weights are back.
+        """
         began = time.perf_counter()
         write(staged)
         written = time.perf_counter()

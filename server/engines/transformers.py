@@ -7,10 +7,14 @@ module is its face on the event loop.
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import ParamSpec
+
+import torch
+from torch import nn
 
 from server.engines.base import (
     ApplyReport,
@@ -22,11 +26,12 @@ from server.engines.base import (
 from server.engines.batch import Batch, Times
 from server.engines.jobs import Job
 from server.engines.model import LanguageModel
-from server.engines.parameters import Staged, stage
+from server.engines.parameters import slots
 from server.engines.requests import check_request
 from server.engines.settings import EngineSettings
+from server.engines.staging import Change, live_digests, stage_full, stage_patch
 from server.engines.worker import Worker
-from shared.errors import EngineError
+from shared.errors import EngineError, NeedsFullError, WeightsError
 
 P = ParamSpec("P")
 PROGRESS_S = 1.0
@@ -46,6 +51,7 @@ class TransformersEngine:
         self._model: LanguageModel | None = model
         self._info = model.info
         self._version = 0
+        self._digest = ""
         self._loading = asyncio.Lock()
 
     @property
@@ -57,6 +63,11 @@ class TransformersEngine:
     def version(self) -> int:
         """The weight version that the next token will be sampled with."""
         return self._version
+
+    @property
+    def digest(self) -> str:
+        """Digest of the weights that it holds; empty for the initial checkpoint."""
+        return self._digest
 
     @property
     def open_sequences(self) -> int:
@@ -85,20 +96,44 @@ class TransformersEngine:
         The files are read and checked in another thread while the old weights go on sampling.
 
         Raises:
-            WeightsError: the files do not fit the model; the old weights stay.
+            NeedsFullError: a patch for other weights than these.
+            WeightsError: the files do not fit the model, or writing failed; the old weights stay.
             EngineError: the engine failed.
         """
         async with self._loading:
-            if self._model is None:
-                raise EngineError("the engine is closed")
-            staged = await asyncio.to_thread(stage, self._model.network, weights.files)
+            began = time.perf_counter()
+            staged = await asyncio.to_thread(self._stage, weights)
+            stage_s = time.perf_counter() - began
 
-            def swap(batch: Batch, staged: Staged = staged) -> ApplyReport:
+            def swap(batch: Batch) -> ApplyReport:
                 report = batch.swap(staged, weights.version)
-                self._version = weights.version
-                return report
+                self._version, self._digest = weights.version, weights.digest
+                return replace(report, stage_s=stage_s)
 
             return await asyncio.wrap_future(self._worker.call(swap))
+
+    async def live_digests(self, dtype: str) -> dict[str, str]:
+        """SHA-256 of every parameter, by another thread while the model samples; see `Engine.live_digests`."""
+        async with self._loading:
+            network = self._network()
+            return await asyncio.to_thread(live_digests, slots(network)[0], getattr(torch, dtype))
+
+    def _stage(self, weights: Weights) -> list[Change]:
+        """Read and check; in any thread."""
+        where = slots(self._network())
+        try:
+            if weights.base_digest is None:
+                return stage_full(*where, weights.files)
+            if weights.base_digest != self._digest:
+                raise NeedsFullError("the patch is for other weights than the engine's")
+            return stage_patch(*where, weights.files)
+        except WeightsError as error:
+            raise type(error)(f"version {weights.version}: {error}") from error
+
+    def _network(self) -> nn.Module:
+        if self._model is None:
+            raise EngineError("the engine is closed")
+        return self._model.network
 
     async def check(self) -> None:
         """Prove that the thread lives: by one token, beside the batch, or by its progress within a long step.

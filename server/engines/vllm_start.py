@@ -19,6 +19,8 @@ from transformers import AutoConfig
 
 CPU = torch.version.cuda is None and torch.version.hip is None
 """Whether this machine's build of torch, and so of vLLM, is the one for CPUs."""
+WORKER = "server.engines.vllm_worker.WeightLoader"
+"""What vLLM mixes into its worker."""
 _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -117,7 +119,7 @@ def _arguments(settings: EngineSettings) -> AsyncEngineArgs:
         "enable_prefix_caching": True,
         "scheduling_policy": "priority",
         "logprobs_mode": "processed_logprobs",
-        "worker_extension_cls": "server.engines.vllm_worker.WeightLoader",
+        "worker_extension_cls": WORKER,
         "use_tqdm_on_load": False,
         "disable_log_stats": True,
     }

@@ -1,35 +1,69 @@
 """What runs inside vLLM's worker: new weights go into the model that is being served.
 
 vLLM mixes `WeightLoader` into its worker class (`worker_extension_cls`), and `collective_rpc` calls its methods by
-name between two engine steps. vLLM fuses some of the checkpoint's tensors (q, k and v into one, gate and up into
-one) and pads the vocabulary; a *slot* is the view of vLLM's parameter that holds exactly one checkpoint tensor, so
-that an update is one copy per tensor. That the slots are right is proved at the start: every one must equal the
-checkpoint's tensor. A model for which they are not goes through vLLM's own loader, which must pass the same proof.
+name between two engine steps. An update is written into slots (`vllm_slots`). That they are right is proved at the
+start: every one must equal the checkpoint's tensor. A model for which they are not goes through vLLM's own loader,
+which must pass the same proof.
+
+What takes long runs as a job in a thread of its own, while the engine goes on sampling: reading an update into
+memory, and hashing the tensors.
 """
 
-import contextlib
 import ctypes
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 import vllm._custom_ops as ops
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.model_executor.model_loader import get_model_loader
+
+from server.engines.staging import Change, live_digests, stage_full, stage_patch, write
+from server.engines.vllm_slots import Loadable, holds, reloads, restore, slots, snapshot
+from server.engines.weight_files import match_full, open_tensors
+from shared.errors import WeightsError
 
 # vLLM's CPU build would pack each matrix into an opaque oneDNN handle and leave an empty parameter behind, into
 # which nothing can be copied. This module is imported before the model is loaded; `spoke_open` checks the effect.
 ops._supports_onednn = False
 
 
-class Loadable(nn.Module):
-    """A vLLM model, as far as we use it."""
+class Job:
+    """Work in a thread of its own.
 
-    load_weights: Callable[[Iterable[tuple[str, Tensor]]], object]
+    Args:
+        work: gets a function to call after each part of it: a sign of progress.
+    """
+
+    def __init__(self, work: Callable[[Callable[[], None]], Any]) -> None:
+        self.steps = 0
+        self.result: Any = None
+        self.fault: str | None = None
+        """Why there is no result."""
+        self._work = work
+        self._thread = threading.Thread(target=self._run, name="spoke-weights", daemon=True)
+        self._thread.start()
+
+    @property
+    def done(self) -> bool:
+        """Has it ended?"""
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            self.result = self._work(self._step)
+        except WeightsError as error:
+            self.fault = str(error)
+        except BaseException as error:  # edge of the thread: nobody else would see it
+            self.fault = repr(error)
+
+    def _step(self) -> None:
+        self.steps += 1
 
 
 class WeightLoader:
@@ -39,6 +73,9 @@ class WeightLoader:
     _spoke_aliases: dict[str, str]
     _spoke_shapes: dict[str, tuple[int, ...]]
     _spoke_path: str
+    _spoke_job: Job | None = None
+    _spoke_staged: list[Change]
+    _spoke_files: list[Path]
 
     # Of vLLM's worker, which this is mixed into.
     get_model: Any
@@ -84,125 +121,82 @@ class WeightLoader:
         """How new weights get in: `slots`, `loader` (vLLM's own), or `none`. Answers between two engine steps."""
         return self._spoke_path
 
-    def spoke_check(self, files: list[str]) -> str | None:
-        """The first reason why `files` are not weights of this model; None where they are. Writes nothing."""
-        if self._spoke_path == "none":
-            return "vLLM stores this model in a form that cannot take new weights"
-        try:
-            return misfit(self._spoke_shapes, self._spoke_aliases, files)
-        except (OSError, SafetensorError) as error:
-            return f"cannot read {', '.join(files)}: {error}"
+    def spoke_clock(self) -> float:
+        """The monotonic clock, which all processes of a machine share."""
+        return time.monotonic()
 
-    def spoke_load(self, files: list[str]) -> float:
-        """Write weights that `spoke_check` passed; returns the seconds that it took."""
+    def spoke_stage(self, files: list[str], is_patch: bool) -> bool:
+        """Begin to read and check an update, touching no weights; the result is the bytes to be written."""
+        self._spoke_staged, self._spoke_files = [], [Path(file) for file in files]
+        by_slots = stage_patch if is_patch else stage_full
+
+        def work(step: Callable[[], None]) -> int:
+            if self._spoke_path == "loader":
+                return self._checked()
+            changes = by_slots(self._spoke_slots, self._spoke_aliases, self._spoke_files, step)
+            self._spoke_staged = changes
+            return sum(change.nbytes for change in changes)
+
+        return self._begin(work)
+
+    def spoke_digests(self, dtype: str) -> bool:
+        """Begin to hash every tensor in a number format; its result is name -> SHA-256."""
+        form = getattr(torch, dtype)
+        return self._begin(lambda step: live_digests(self._spoke_slots, form, step))
+
+    def spoke_progress(self) -> tuple[int, bool, str | None, Any]:
+        """Of the job: parts done so far, whether it has ended, what went wrong, its result."""
+        job = self._spoke_job
+        assert job is not None, "asked after a job was begun"
+        return (job.steps, job.done, job.fault, job.result if job.done else None)
+
+    def spoke_write(self) -> tuple[float, str | None]:
+        """Write what was staged: all of it, or nothing.
+
+        Returns:
+            seconds that it took; why the old weights are back, or None.
+
+        Raises:
+            TornError: writing failed and could not be undone.
+        """
         began = time.perf_counter()
-        fresh = ((n, t) for n, t in tensors(files) if n not in self._spoke_aliases)
-        if self._spoke_path == "slots":
-            with torch.no_grad():
-                for name, tensor in fresh:
-                    self._spoke_slots[name].copy_(tensor)
-        else:
-            model: Loadable = self.get_model()
-            before = snapshot(model)
-            try:
-                model.load_weights(fresh)
-            except Exception:  # whatever a model's loader raises, the old weights must serve on
-                restore(model, before)
-                raise
-        return time.perf_counter() - began
-
-
-def slots(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Views of a vLLM model's parameters by checkpoint name, and names tied to another's parameter.
-
-    Returns:
-        name -> view with the checkpoint tensor's shape; tied name -> name of the parameter that it shares.
-    """
-    packed: Mapping[str, list[str]] = getattr(model, "packed_modules_mapping", {})
-    views: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    owners: dict[int, str] = {}
-    for path, module in model.named_modules():
-        parent, _, leaf = path.rpartition(".")
-        for kind, parameter in module.named_parameters(recurse=False):
-            name = f"{path}.{kind}"
-            if owners.setdefault(id(parameter), name) != name:
-                aliases[name] = owners[id(parameter)]
-                continue
-            data, sizes = parameter.data, getattr(module, "output_sizes", None) or ()
-            if len(packed.get(leaf, ())) == len(sizes) > 0 and sum(sizes) == len(data):
-                parts = zip(packed[leaf], data.split(list(sizes)), strict=True)
-                views |= {f"{parent}.{part}.{kind}": view for part, view in parts}
+        staged, self._spoke_staged = self._spoke_staged, []
+        try:
+            if self._spoke_path == "slots":
+                write(staged)
             else:
-                # The vocabulary is padded to a multiple of 64; the padding rows stay as they are.
-                views[name] = (
-                    data[: getattr(module, "org_vocab_size", None)] if data.dim() else data
-                )
-    return views, aliases
+                self._load()
+        except WeightsError as error:
+            return time.perf_counter() - began, str(error)
+        return time.perf_counter() - began, None
 
+    def _begin(self, work: Callable[[Callable[[], None]], Any]) -> bool:
+        """Start a job; False where the last one, which nobody waits for any more, still runs."""
+        if self._spoke_job is not None and not self._spoke_job.done:
+            return False
+        self._spoke_job = Job(work)
+        return True
 
-def holds(slot: Tensor, tensor: Tensor) -> bool:
-    """Whether `slot` has exactly the values of `tensor`, in its own number format."""
-    return slot.shape == tensor.shape and torch.equal(slot, tensor.to(slot.device, slot.dtype))
+    def _checked(self) -> int:
+        """Check a full set for vLLM's loader; returns its bytes."""
+        with open_tensors(self._spoke_files) as found:
+            match_full(self._spoke_shapes, self._spoke_aliases, found)
+        return sum(file.stat().st_size for file in self._spoke_files)
 
+    def _load(self) -> None:
+        """Write by vLLM's loader, which may raise half-way."""
+        model: Loadable = self.get_model()
+        before = snapshot(model)
+        try:
+            model.load_weights(self._fresh())
+        except (
+            Exception
+        ) as error:  # whatever a model's loader raises, the old weights must serve on
+            restore(model, before)
+            raise WeightsError(f"vLLM's loader failed and was undone: {error!r}") from error
 
-def snapshot(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of every parameter, in the machine's memory."""
-    return {name: p.detach().to("cpu", copy=True) for name, p in model.named_parameters()}
-
-
-def restore(model: nn.Module, before: Mapping[str, Tensor]) -> None:
-    """Write a `snapshot` back."""
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.copy_(before[name])
-
-
-def reloads(model: Loadable, checkpoint: Iterable[tuple[str, Tensor]]) -> bool:
-    """Whether vLLM's own loader, run again on the same checkpoint, leaves the model as it is."""
-    before = snapshot(model)
-    try:
-        model.load_weights(checkpoint)
-        if all(torch.equal(p.cpu(), before[name]) for name, p in model.named_parameters()):
-            return True
-    except Exception:  # a loader that cannot run twice raises as it likes; the answer is no
-        pass
-    restore(model, before)
-    return False
-
-
-def tensors(files: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of some safetensors files, one at a time; all files are open before the first."""
-    with contextlib.ExitStack() as stack:
-        shards = [stack.enter_context(safe_open(file, framework="pt")) for file in files]
-        for shard in shards:
-            for name in shard.keys():  # noqa: SIM118 - not a mapping, it cannot be iterated
-                yield name, shard.get_tensor(name)
-
-
-def misfit(
-    shapes: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str], files: Iterable[str]
-) -> str | None:
-    """The first way in which files differ from what a model needs: a name, a shape, a broken tie."""
-    found: dict[str, tuple[int, ...]] = {}
-    tied: dict[str, Tensor] = {}
-    for file in files:
-        with safe_open(file, framework="pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 - not a mapping, it cannot be iterated
-                if name in found:
-                    return f"{name} appears twice"
-                found[name] = tuple(opened.get_slice(name).get_shape())
-                if name in aliases or name in aliases.values():
-                    tied[name] = opened.get_tensor(name)
-    for name in shapes:
-        if name not in found:
-            return f"{name} is missing"
-    for name, shape in found.items():
-        wanted = shapes.get(aliases.get(name, name))
-        if wanted is None:
-            return f"{name} is not a tensor of this model"
-        if shape != wanted:
-            return f"{name} has shape {list(shape)}, the model's is {list(wanted)}"
-        if name in aliases and not torch.equal(tied[name], tied[aliases[name]]):
-            return f"{name} differs from {aliases[name]}, which this model ties it to"
-    return None
+    def _fresh(self) -> Iterator[tuple[str, Tensor]]:
+        with open_tensors(self._spoke_files) as found:
+            given = match_full(self._spoke_shapes, self._spoke_aliases, found)
+            for name, source in given.items():
+                yield name, found[source].get_tensor(source)

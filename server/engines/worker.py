@@ -14,7 +14,7 @@ from server.engines.jobs import Job
 from server.engines.loading import load
 from server.engines.model import LanguageModel
 from server.engines.settings import EngineSettings
-from shared.errors import EngineError
+from shared.errors import EngineError, WeightsError
 
 T = TypeVar("T")
 
@@ -67,7 +67,7 @@ class Worker:
     def call(self, action: Callable[[Batch], T]) -> Future[T]:
         """Run an action between two steps.
 
-        Only an EngineError goes to the caller alone; anything else ends the thread.
+        Only an EngineError or a WeightsError goes to the caller alone; anything else ends the thread.
 
         Raises:
             EngineError: the thread has ended.
@@ -152,10 +152,10 @@ class Worker:
 
 
 def _answer(call: _Call, batch: Batch) -> None:
-    """Run a call; what is not an EngineError goes on to end the thread."""
+    """Run a call; what does not go to the caller alone goes on to end the thread."""
     try:
         call.future.set_result(call.action(batch))
-    except EngineError as error:
+    except (EngineError, WeightsError) as error:
         call.future.set_exception(error)
     except BaseException as error:
         call.future.set_exception(EngineError(f"the engine failed: {error!r}; restart the server"))

@@ -262,9 +262,9 @@ async def main(args: argparse.Namespace) -> None:
     from server.life import settle_heap
     from server.rewards.pool import RewardPool
     from server.service import RolloutService
+    from server.states import Phase, Standing
     from server.status import Status
     from server.tokens import Tokens
-    from shared.fleet import ServerState
     from trainer.problems import Split, stories
 
     if args.endless:
@@ -277,7 +277,7 @@ async def main(args: argparse.Namespace) -> None:
     pids = engine_pids()
     rewards = RewardPool({}, workers=1)
     await rewards.start(["gsm8k"])
-    status = Status(server_id="bench", state=ServerState.READY)
+    status = Status(server_id="bench", standing=Standing(phase=Phase.FOLLOWING))
     holder = Holder(status)
     big = Cost(nodes=1 << 20, tokens=1 << 30)
     holder.service = RolloutService(

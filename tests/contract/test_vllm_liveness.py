@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from server.engines import vllm
+from server.engines import vllm_weights
 from server.engines.base import EngineInfo, Weights
 from server.engines.vllm import VllmEngine
-from shared.errors import EngineError
+from shared.errors import EngineError, WeightsError
 
 pytestmark = [pytest.mark.vllm]
 
@@ -28,24 +28,34 @@ class FakeLLM:
         self.loading = asyncio.Event()
         self.loaded = asyncio.Event()
         self.silent = False
+        self.resumed = False
+        self.reads = True
+        self.fault: str | None = None
+        self.size = 0
+        """Bytes that the worker has to write."""
+        self.renderer = self.engine_core = self
 
     async def check_health(self) -> None:
         pass
 
     async def collective_rpc(self, method: str, args: tuple[object, ...] = ()) -> list[Any]:
-        if method == "spoke_load":
+        if method == "spoke_write":
             self.loading.set()
             await self.loaded.wait()
-            return [0.0]
+            return [[0.0, self.fault]]
         if self.silent:
             await asyncio.Event().wait()
-        return [None]
+        answers = {"spoke_stage": True, "spoke_progress": [0, self.reads, None, self.size]}
+        return [answers.get(method, 0.0)]
 
-    async def pause_generation(self, **options: object) -> None:
+    async def clear_mm_cache_async(self) -> None:
+        pass
+
+    async def pause_scheduler_async(self, **options: object) -> None:
         pass
 
     async def resume_generation(self) -> None:
-        pass
+        self.resumed = True
 
     async def update_weight_version(self, label: str) -> None:
         pass
@@ -58,21 +68,64 @@ async def llm():
     llm.output_handler.cancel()
 
 
-async def within(awaited: Any) -> None:
-    await asyncio.wait_for(awaited, 5)
+async def within(awaited: Any) -> Any:
+    return await asyncio.wait_for(awaited, 5)
 
 
-async def test_a_swap_is_a_sign_of_life_within_a_bound_of_its_own(llm, monkeypatch) -> None:
+async def test_a_swap_is_a_sign_of_life_within_a_bound_of_its_own(llm) -> None:
     engine = VllmEngine(llm, INFO)
     swap = asyncio.create_task(engine.load_weights(WEIGHTS))
     await within(llm.loading.wait())
     llm.silent = True  # the worker loads
     await within(engine.check())
-    monkeypatch.setattr(vllm, "SWAP_SECONDS", 0.0)
-    with pytest.raises(EngineError, match="loading weights for more than 0 s"):
-        await within(engine.check())
     llm.loaded.set()
     await within(swap)
+
+
+async def test_a_write_beyond_its_bound_ends_the_engine(llm, monkeypatch) -> None:
+    monkeypatch.setattr(vllm_weights, "SWAP_SECONDS", 0.05)
+    engine = VllmEngine(llm, INFO)
+    with pytest.raises(EngineError, match="did not write version 1 in 0 s"):
+        await within(engine.load_weights(WEIGHTS))
+    assert "did not write" in str(await within(engine.died()))
+    llm.silent = True
+    engine._running = 1
+    for call in (engine.check(), engine.load_weights(WEIGHTS), engine.live_digests("float32")):
+        with pytest.raises(EngineError, match="did not write"):
+            await within(call)
+    assert not llm.resumed  # a mixture of two versions must never sample
+
+
+async def test_the_bound_grows_with_what_there_is_to_write(llm, monkeypatch) -> None:
+    monkeypatch.setattr(vllm_weights, "SWAP_SECONDS", 0.0)
+    llm.size = 10**12
+    engine = VllmEngine(llm, INFO)
+    swap = asyncio.create_task(engine.load_weights(WEIGHTS))
+    await within(llm.loading.wait())
+    llm.loaded.set()
+    await within(swap)
+    assert llm.resumed
+
+
+async def test_a_write_that_was_undone_leaves_the_engine_as_it_was(llm) -> None:
+    engine = VllmEngine(llm, INFO)
+    llm.loaded.set()
+    llm.fault = "writing failed and was undone"
+    with pytest.raises(WeightsError, match="version 1: writing failed and was undone"):
+        await within(engine.load_weights(WEIGHTS))
+    assert (engine.version, engine.digest, llm.resumed) == (0, "", True)
+    engine._running = 1
+    await within(engine.check())
+
+
+async def test_reading_that_stands_still_is_left_alone(llm, monkeypatch) -> None:
+    monkeypatch.setattr(vllm_weights, "STALL_SECONDS", 0.0)
+    llm.reads = False
+    engine = VllmEngine(llm, INFO)
+    with pytest.raises(WeightsError, match="no tensor was done in 0 s"):
+        await within(engine.load_weights(WEIGHTS))
+    engine._running = 1
+    await within(engine.check())
 
 
 async def test_a_swap_that_begins_after_the_question_answers_it(llm) -> None:

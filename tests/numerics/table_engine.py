@@ -62,6 +62,11 @@ class TableEngine:
         return 0
 
     @property
+    def digest(self) -> str:
+        """Of nothing."""
+        return ""
+
+    @property
     def open_sequences(self) -> int:
         """None: each request is answered at once."""
         return 0
@@ -87,6 +92,10 @@ class TableEngine:
     async def load_weights(self, weights: Weights) -> ApplyReport:
         """Refuses."""
         raise WeightsError("a table takes no weights")
+
+    async def live_digests(self, dtype: str) -> dict[str, str]:
+        """Refuses."""
+        raise EngineError("a table has no parameters")
 
     async def check(self) -> None:
         """Always well."""

@@ -29,13 +29,13 @@ from server.auth import (
     Scope,
     enforced,
     granted,
-    is_loopback,
     load_tokens,
     log_auth,
     parse_tokens,
 )
 from server.details import error_kind, without_details
 from server.status import Status
+from shared.addresses import is_loopback
 from shared.errors import ConfigError
 from shared.tree import Node, Role, RolloutTree
 

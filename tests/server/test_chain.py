@@ -95,6 +95,13 @@ class Recorder:
     async def load_weights(self, weights: Weights) -> ApplyReport:
         return await self.engine.load_weights(weights)
 
+    @property
+    def digest(self) -> str:
+        return self.engine.digest
+
+    async def live_digests(self, dtype: str) -> dict[str, str]:
+        return await self.engine.live_digests(dtype)
+
     async def check(self) -> None:
         await self.engine.check()
 

@@ -15,6 +15,7 @@ BAD = [
         "--reward-timeout", "--reward-memory-gib", "--liveness-timeout", "--reward-http-timeout",
         "--max-body-mib", "--kv-cache-gib", "--gpu-memory-utilization",
     ) for number in ("0", "-0.5", "nan", "inf")],
+    ("--redis-wait", "-1"), ("--redis-wait", "inf"), ("--max-lag", "-1"),
     ("--drain", "-1"), ("--drain", "nan"), ("--max-depth", "17"), ("--port", "65536"), ("--port", "-1"),
     ("--gpu-memory-utilization", "1.5"),
     *[("--advertise-url", url) for url in (

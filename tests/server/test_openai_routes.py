@@ -14,9 +14,9 @@ from starlette.routing import Route
 from server.app import Holder, create_app
 from server.costs import Cost
 from server.openai_routes import ROUTES, add_openai_routes, cost
+from server.states import Phase, Standing
 from server.status import Status
 from shared.errors import BusyError, RequestError
-from shared.fleet import ServerState
 
 
 async def test_another_engine_says_which_one_has_them(server_url: str) -> None:
@@ -28,16 +28,16 @@ async def test_another_engine_says_which_one_has_them(server_url: str) -> None:
             assert "--engine vllm" in answer.json()["detail"]
 
 
-@pytest.mark.parametrize("state", [ServerState.LOADING, ServerState.DRAINING])
-async def test_a_server_that_does_not_serve_says_so(state: ServerState) -> None:
-    holder = Holder(Status(server_id="one", state=state))
+@pytest.mark.parametrize("phase", [Phase.LOADING, Phase.DRAINING])
+async def test_a_server_that_does_not_serve_says_so(phase: Phase) -> None:
+    holder = Holder(Status(server_id="one", standing=Standing(phase=phase)))
     transport = httpx.ASGITransport(create_app(holder))
     async with httpx.AsyncClient(transport=transport, base_url="http://server") as client:
         for path, verb in ROUTES.items():
             answer = await client.request(verb, path)
             assert answer.status_code == 503
             assert answer.headers["retry-after"] == "1"
-            assert answer.json()["detail"] == f"this server is {state}"
+            assert answer.json()["detail"] == f"this server is {phase}"
 
 
 @contextlib.asynccontextmanager

@@ -1,20 +1,22 @@
 """Coordination on a real Redis.
 
 1. One trainer holds a run; a second is refused and told who holds it.
-2. Only the newest fencing token announces, and versions only grow.
+2. Only the newest fencing token announces, and versions only grow. Announcing the same again changes nothing.
 3. An announcement wakes a follower; an event seen once does not wake it again.
-4. A server's record lives as long as it is renewed.
+4. A server's record lives as long as it is renewed; whoever finds it gone takes its id off the table.
 5. A Redis that is away is one clear error, without its password.
+6. A Redis that restarted empty, or whose clock jumped back: no token is given twice, the head comes back and is
+   never lowered, and a follower that waits for later events is woken by new ones with lower ids.
 """
 
 import asyncio
 import uuid
 
 import pytest
-from support import free_port
+from support import RedisProcess, free_port, running_redis
 
 from shared.coordination import RedisCoordinator
-from shared.errors import ConfigError, CoordinationError, LeaseError
+from shared.errors import ConfigError, CoordinationError, LeaseError, LeaseHeldError
 from shared.fleet import Head, ServerRecord, ServerState
 
 
@@ -40,8 +42,10 @@ def record(server_id: str, version: int = 0) -> ServerRecord:
 
 async def test_a_second_trainer_is_refused(coordinator: RedisCoordinator) -> None:
     await coordinator.acquire_lease("first:1")
-    with pytest.raises(LeaseError, match="first:1"):
+    with pytest.raises(LeaseHeldError, match="first:1") as refused:
         await coordinator.acquire_lease("second:2")
+    assert refused.value.owner == "first:1"
+    assert 9.0 < refused.value.left_s <= 10.0
 
 
 async def test_a_released_run_is_free_and_the_old_token_is_dead(
@@ -50,7 +54,7 @@ async def test_a_released_run_is_free_and_the_old_token_is_dead(
     old = await coordinator.acquire_lease("first:1")
     await coordinator.renew_lease(old, release=True)
     new = await coordinator.acquire_lease("second:2")
-    assert int(new) > int(old)
+    assert new != old
     with pytest.raises(LeaseError):
         await coordinator.announce(old, head(0))
     with pytest.raises(LeaseError):
@@ -63,11 +67,56 @@ async def test_a_released_run_is_free_and_the_old_token_is_dead(
 async def test_versions_only_grow(coordinator: RedisCoordinator) -> None:
     token = await coordinator.acquire_lease("t")
     await coordinator.announce(token, head(9))
-    for version in (9, 8):
+    for other in (head(9).model_copy(update={"manifest_digest": "other"}), head(8)):
         with pytest.raises(CoordinationError, match="version 9"):
-            await coordinator.announce(token, head(version))
+            await coordinator.announce(token, other)
     await coordinator.announce(token, head(10))
     assert await coordinator.head() == head(10)
+
+
+async def test_an_announcement_whose_answer_was_lost_is_sent_again(
+    coordinator: RedisCoordinator,
+) -> None:
+    token = await coordinator.acquire_lease("t")
+    await coordinator.announce(token, head(9))
+    seen = await coordinator.wait_event("0-0", 1.0)
+    await coordinator.announce(token, head(9))
+    assert await coordinator.head() == head(9)
+    assert await coordinator.wait_event(seen, 0.05) == seen
+
+
+async def test_no_field_of_an_earlier_head_survives(coordinator: RedisCoordinator) -> None:
+    token = await coordinator.acquire_lease("t")
+    bounded = head(1).model_copy(update={"max_staleness": 3})
+    await coordinator.announce(token, bounded)
+    assert await coordinator.head() == bounded
+    await coordinator.announce(token, head(2))
+    assert await coordinator.head() == head(2)
+
+
+async def test_restoring_never_lowers_the_head(coordinator: RedisCoordinator) -> None:
+    assert await coordinator.restore(head(5))
+    woken = await coordinator.wait_event("0-0", 1.0)
+    assert woken != "0-0"
+    for version in (5, 4):
+        assert not await coordinator.restore(head(version))
+    assert await coordinator.head() == head(5)
+    assert await coordinator.wait_event(woken, 0.05) == woken
+    assert await coordinator.restore(head(6))
+    assert await coordinator.head() == head(6)
+
+
+async def test_lower_event_ids_wake_a_follower(coordinator: RedisCoordinator) -> None:
+    """As after a restart with a clock that was set back: the follower's last id is larger than every new one."""
+    later = "99999999999999-0"
+    waiting = asyncio.create_task(coordinator.wait_event(later, 3.0))
+    async with asyncio.timeout(2.0):
+        while not waiting.done():
+            await coordinator.restore(head(1))
+            await asyncio.sleep(0.01)
+    seen = await waiting
+    assert int(seen.partition("-")[0]) < 99999999999999
+    assert await coordinator.wait_event(later, 0.05) == seen
 
 
 async def test_an_announcement_wakes_a_follower_once(coordinator: RedisCoordinator) -> None:
@@ -88,8 +137,49 @@ async def test_records_come_and_go(
     async with asyncio.timeout(5.0):
         while [r.server_id for r in await coordinator.servers()] != ["b"]:
             await asyncio.sleep(0.01)
+    assert await coordinator._redis.smembers(coordinator.keys.servers) == {"b"}
     await coordinator.leave("b")
     assert await coordinator.servers() == []
+
+
+async def test_a_server_that_came_back_is_not_forgotten(coordinator: RedisCoordinator) -> None:
+    """Between reading the records and taking out the dead, one of them may report again."""
+    await coordinator.report(record("a"))
+    keys = coordinator.keys
+    await coordinator._redis.sadd(keys.servers, "dead")
+    gone = await coordinator.script(
+        "forget_servers", [keys.servers, keys.server("a"), keys.server("dead")], ["a", "dead"]
+    )
+    assert gone == 1
+    assert [r.server_id for r in await coordinator.servers()] == ["a"]
+
+
+async def test_a_redis_that_restarted_empty_gives_no_token_twice() -> None:
+    with running_redis() as server:
+        coordinator = RedisCoordinator(server.url, "run")
+        old = await coordinator.acquire_lease("a")
+        await coordinator.announce(old, head(3))
+        seen = await coordinator.wait_event("0-0", 1.0)
+        await restarted(server, coordinator)
+        new = await coordinator.acquire_lease("b")
+        assert new != old
+        with pytest.raises(LeaseError):
+            await coordinator.announce(old, head(4))
+        assert await coordinator.head() is None
+        waiting = asyncio.create_task(coordinator.wait_event(seen, 3.0))
+        assert await coordinator.restore(head(3))
+        assert await asyncio.wait_for(waiting, 2.0) != seen
+        assert await coordinator.head() == head(3)
+        await coordinator.close()
+
+
+async def restarted(server: RedisProcess, coordinator: RedisCoordinator) -> None:
+    """Kill Redis, see that it is away, and start it empty on the same port."""
+    server.kill()
+    with pytest.raises(CoordinationError, match="does not answer"):
+        await coordinator.ping()
+    server.start()
+    await coordinator.ping()
 
 
 async def test_runs_do_not_see_one_another(coordinator: RedisCoordinator, redis_url: str) -> None:

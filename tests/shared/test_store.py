@@ -109,7 +109,7 @@ def test_damaged_files_are_refused(tmp_path: Path, damage, reason: str) -> None:
     stored.write_bytes(damage(stored.read_bytes()))
     with pytest.raises(WeightsError, match=reason):
         store.fetch(manifest, tmp_path / "fetched")
-    assert not (tmp_path / "fetched").exists()
+    assert not (tmp_path / "fetched" / stored.name).exists()
 
 
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:

@@ -12,8 +12,9 @@ from shared.fleet import Head, ServerRecord
 from shared.store import FsspecStore
 from trainer.commands.fleet import table
 from trainer.fleet import wait_for_head
+from trainer.lease import hold
 from trainer.policy import DTYPES, load_policy, state_tensors
-from trainer.publish import Publisher, lease
+from trainer.publish import Publisher
 
 
 def run(args: argparse.Namespace) -> int:
@@ -43,15 +44,21 @@ async def _push(
 ) -> tuple[Head, list[ServerRecord]]:
     coordinator = RedisCoordinator(args.redis_url, args.run)
     try:
-        async with lease(coordinator) as token:
+        store = FsspecStore(args.store, args.run)
+        console = Console(stderr=True)
+        holding = hold(
+            coordinator, lambda: max(store.versions(), default=-1), args.run, console.print
+        )
+        async with holding as lease:
             publisher = Publisher(
-                store=FsspecStore(args.store, args.run),
+                store=store,
                 store_url=args.store,
                 coordinator=coordinator,
-                token=token,
+                lease=lease,
                 run=args.run,
                 dtype=dtype,
-                keep=1,
+                wait_s=args.wait,
+                status=console.print,
             )
             head = await publisher.publish(await publisher.next_version(), tensors)
             await wait_for_head(coordinator, head, min_servers=0, timeout_s=args.wait)

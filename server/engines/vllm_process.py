@@ -1,0 +1,108 @@
+"""Calls into vLLM's process, none of which waits for one that is gone or given up."""
+
+import asyncio
+import contextlib
+from collections.abc import Awaitable, Iterator
+from typing import Any, TypeVar
+
+from server.engines.vllm_start import AsyncLLM, VLLMClientError
+from shared.errors import EngineError, RequestError, SpokeError
+
+T = TypeVar("T")
+
+
+class VllmProcess:
+    """One vLLM, from its start to its end.
+
+    Args:
+        llm: vLLM's face in this process; belongs to the running event loop.
+    """
+
+    def __init__(self, llm: AsyncLLM) -> None:
+        self._opened: AsyncLLM | None = llm
+        self._fault: asyncio.Future[EngineError] = asyncio.get_running_loop().create_future()
+
+    @property
+    def llm(self) -> AsyncLLM:
+        """vLLM itself.
+
+        Raises:
+            EngineError: it was closed.
+        """
+        if self._opened is None:
+            raise EngineError("the engine is closed")
+        return self._opened
+
+    @property
+    def is_open(self) -> bool:
+        """Was it not closed yet?"""
+        return self._opened is not None
+
+    async def ask(self, method: str, *args: object) -> Any:  # noqa: ANN401 - what the method returns
+        """The one worker's answer to a method of `vllm_worker.WeightLoader`."""
+        return (await self.while_alive(self.llm.collective_rpc(method, args=args)))[0]
+
+    async def while_alive(self, call: Awaitable[T]) -> T:
+        """The answer to a call, or an error once vLLM's process is gone: many calls would wait for ever then.
+
+        Raises:
+            EngineError: it is gone, or was given up.
+        """
+        task = asyncio.ensure_future(call)
+        try:
+            await asyncio.wait(
+                {task, self._reader, self._fault}, return_when=asyncio.FIRST_COMPLETED
+            )
+            if not task.done():
+                raise self._end()
+            return task.result()
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+
+    def give_up(self, reason: str) -> EngineError:
+        """Answer nothing from now on: the model's state is not known. Returns the error that all calls raise."""
+        if not self._fault.done():
+            self._fault.set_result(EngineError(reason))
+        return self._fault.result()
+
+    async def died(self) -> EngineError:
+        """Wait until vLLM's process is gone or given up; returns why."""
+        await asyncio.wait({self._reader, self._fault}, return_when=asyncio.FIRST_COMPLETED)
+        return self._end()
+
+    async def close(self) -> None:
+        """End vLLM's process and its task on this loop. A second call does nothing."""
+        # Dropped here and not with this object: vLLM's destructor fails where it runs at the interpreter's end.
+        llm, self._opened = self._opened, None
+        if llm is None:
+            return
+        if llm.output_handler is not None:
+            llm.output_handler.cancel()  # which ends what still waits for an answer
+        context = llm.engine_core.resources.ctx
+        await asyncio.to_thread(llm.shutdown)
+        await asyncio.sleep(0)  # the closing of its sockets was put on this loop
+        context.destroy(linger=0)  # ZeroMQ's threads, which vLLM leaves
+
+    @property
+    def _reader(self) -> asyncio.Task[None]:
+        reader = self.llm.output_handler  # ends with the process
+        assert reader is not None, "vLLM reads its process from the first moment on this loop"
+        return reader
+
+    def _end(self) -> EngineError:
+        return self._fault.result() if self._fault.done() else EngineError("vLLM's process is gone")
+
+
+@contextlib.contextmanager
+def our_errors() -> Iterator[None]:
+    """Turn what vLLM raises into errors of ours."""
+    try:
+        yield
+    except (SpokeError, TimeoutError):
+        raise
+    except VLLMClientError as error:
+        raise RequestError("sampling", str(error)) from error
+    except Exception as error:  # vLLM's process sends its errors as bare Exceptions
+        raise EngineError(f"vLLM failed: {error}") from error

@@ -1,0 +1,213 @@
+"""Brings the versions that this server lacks to its disk: from other servers that hold them, or from the store."""
+
+import contextlib
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from server.holdings import Holdings
+from server.planning import Step, plan
+from server.threads import in_daemon_thread
+from server.turns import Turns
+from shared.chain import Chain
+from shared.coordination import RedisCoordinator
+from shared.errors import RoomError, WeightsError
+from shared.fleet import Head
+from shared.manifest import Manifest
+from shared.sources import Sources
+from shared.store import WeightReader
+from shared.store_url import is_http, shown
+
+log = logging.getLogger("spoke.fetching")
+
+PATH = "/weights"
+"""Below a server's URL: what it holds, laid out as a store."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fetcher:
+    """Fetches versions into a server's holdings. One call at a time.
+
+    A store over HTTP is the trainer's own uplink: it is asked by a few servers at once, and the others fetch from
+    those. Any other store is asked first and by all; the servers help where it fails.
+
+    Args:
+        holdings: take them.
+        coordinator: knows who holds what.
+        open_store: the reader of a store at a URL, or of another server at its URL and `PATH`.
+        store_url: this server's own URL of the store; None takes what the head names.
+        url: how the other servers reach this one.
+        peers: take files from other servers.
+        patience_s: longest wait for a slot, seconds, besides a time for the bytes; then the store is asked anyway.
+    """
+
+    holdings: Holdings
+    coordinator: RedisCoordinator
+    open_store: Callable[[str], WeightReader]
+    store_url: str | None
+    url: str
+    peers: bool = True
+    patience_s: float = 30.0
+    count: Callable[[str, int], None] = lambda source, size: None
+    """Is told of bytes that came from the `store` or a `peer`."""
+    _bad: dict[int, set[str]] = field(default_factory=dict)
+    """URLs that failed for a version: not asked again for it."""
+
+    async def chain_to(self, head: Head) -> Chain:
+        """Fetch what is missing of a head, and of what it builds upon; then everything is on this disk, verified.
+
+        Cancelling it is harmless: what is half there is gone on with by the next call.
+
+        Returns:
+            Anchor and deltas whose newest manifest is the head's.
+
+        Raises:
+            RoomError: this disk is full; what had come of the version is deleted.
+            WeightsError: a file cannot be had, or is damaged wherever it is.
+        """
+        held = self.holdings.chain(head.version)
+        if held is not None and held.manifest.digest == head.manifest_digest:
+            return held
+        async with self._session(head) as session:
+            steps = await plan(
+                await session.head(),
+                held=self._holds,
+                lowest=min(self.holdings.versions(), default=None),
+                manifest_of=session.base,
+            )
+            for step in steps:
+                await session.take(step)
+        chain = self.holdings.chain(head.version)
+        if chain is None:
+            raise WeightsError(f"version {head.version} is not whole although it was fetched")
+        self._bad.clear()
+        return chain
+
+    def _holds(self, version: int, digest: str) -> bool:
+        chain = self.holdings.chain(version)
+        return chain is not None and chain.manifest.weights_digest == digest
+
+    @contextlib.asynccontextmanager
+    async def _session(self, head: Head) -> AsyncIterator["_Session"]:
+        turns = Turns(
+            sources=Sources(coordinator=self.coordinator, claimant=self.url),
+            peers=self.peers,
+            direct=not is_http(self.store_url or head.store),
+            patience_s=self.patience_s,
+        )
+        stop = threading.Event()
+        try:
+            yield _Session(
+                holdings=self.holdings,
+                head_record=head,
+                turns=turns,
+                open_store=self.open_store,
+                origin=self.store_url or head.store,
+                bad=self._bad,
+                stop=stop,
+                count=self.count,
+            )
+        finally:
+            stop.set()  # a thread that is left behind ends soon
+            await turns.release(holds=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Session:
+    """What one `chain_to` asks of sources."""
+
+    holdings: Holdings
+    head_record: Head
+    turns: Turns
+    open_store: Callable[[str], WeightReader]
+    origin: str
+    bad: dict[int, set[str]]
+    stop: threading.Event
+    count: Callable[[str, int], None]
+
+    async def head(self) -> Manifest:
+        """The head's manifest."""
+        version, digest = self.head_record.version, self.head_record.manifest_digest
+
+        def read(reader: WeightReader) -> Manifest:
+            manifest = reader.manifest(version)
+            if manifest.digest != digest:
+                raise WeightsError(
+                    f"version {version}: the manifest at {reader.url} is not the one that was announced"
+                )
+            return manifest
+
+        held = self.holdings.manifest(version)
+        if held is not None and held.digest == digest:
+            return held
+        return await self._from_somebody(version, 0, read)
+
+    async def base(self, version: int, weights_digest: str) -> Manifest:
+        """The manifest of a version that a delta starts from."""
+
+        def read(reader: WeightReader) -> Manifest:
+            manifest = reader.manifest(version)
+            if manifest.weights_digest != weights_digest:
+                raise WeightsError(
+                    f"version {version} at {reader.url} has other weights than the version after it starts from"
+                )
+            return manifest
+
+        held = self.holdings.manifest(version)
+        if held is not None and held.weights_digest == weights_digest:
+            return held
+        return await self._from_somebody(version, 0, read)
+
+    async def take(self, step: Step) -> None:
+        """Fetch a step's files and hold them."""
+        manifest = step.manifest
+        folder = await in_daemon_thread(self.holdings.incoming, manifest)
+
+        def read(reader: WeightReader) -> None:
+            reader.fetch(manifest, folder, step.files, stop=self.stop)
+
+        try:
+            await self._from_somebody(manifest.version, step.size, read)
+            await in_daemon_thread(self.holdings.add, manifest, step.files)
+        except RoomError:
+            await in_daemon_thread(self.holdings.abandon, manifest.version)
+            raise
+        await self.turns.release(holds=True)
+
+    async def _from_somebody(self, version: int, size: int, read: Callable[[WeightReader], T]) -> T:
+        """What some source gives; one that fails is not asked again for this version.
+
+        Raises:
+            WeightsError: of the store, once nobody else is left.
+        """
+        bad = self.bad.setdefault(version, set())
+        failed: WeightsError | None = None
+        while True:
+            source = await self.turns.source(version, size, without=bad, origin=failed is None)
+            if source is None:
+                raise failed or WeightsError(f"version {version}: nobody has it")
+            try:
+                found = await self._ask(self.origin if source.is_store else source.url + PATH, read)
+                self.count("store" if source.is_store else "peer", size)
+                return found
+            except RoomError:
+                raise
+            except WeightsError as error:
+                await self.turns.release(holds=False)
+                log.info("%s", error)
+                if source.is_store:
+                    failed = error
+                else:
+                    bad.add(source.url)
+
+    async def _ask(self, url: str, read: Callable[[WeightReader], T]) -> T:
+        def work() -> T:
+            with contextlib.closing(self.open_store(url)) as reader:
+                return read(reader)
+
+        log.debug("asking %s", shown(url))
+        return await in_daemon_thread(work)

@@ -1,0 +1,89 @@
+"""Puts together what follows a run: where fetched versions lie, who fetches them, who takes them."""
+
+import contextlib
+import shutil
+import tempfile
+from pathlib import Path
+
+from server.app import Holder
+from server.fetching import Fetcher
+from server.follower import Follower
+from server.holdings import Holdings
+from server.service import RolloutService
+from server.settings import ServerSettings
+from server.taking import Taker
+from server.threads import in_daemon_thread
+from shared.coordination import RedisCoordinator
+from shared.errors import ConfigError
+from shared.open_store import open_store
+
+
+async def open_follower(
+    settings: ServerSettings,
+    holder: Holder,
+    service: RolloutService,
+    coordinator: RedisCoordinator,
+    url: str,
+    stack: contextlib.AsyncExitStack,
+) -> Follower:
+    """A follower of the settings' run; what it opens is closed with the stack.
+
+    Args:
+        settings: of the server.
+        holder: gets the versions on this disk, for whoever asks for their files.
+        service: has the engine.
+        coordinator: Redis.
+        url: how others reach this server.
+        stack: of the server's life.
+
+    Raises:
+        ConfigError: the folder of versions cannot be used.
+    """
+    holdings, work = await in_daemon_thread(_folders, settings, stack)
+    holder.holdings = holdings
+    fetcher = Fetcher(
+        holdings=holdings,
+        coordinator=coordinator,
+        open_store=lambda store_url: open_store(
+            store_url, settings.run, token=settings.store_token
+        ),
+        store_url=settings.store,
+        url=url,
+        count=lambda source, size: holder.metrics.fetched.labels(source).inc(size),
+    )
+    taker = Taker(
+        fetcher=fetcher,
+        holdings=holdings,
+        engine=service.engine,
+        status=holder.status,
+        folder=work,
+        metrics=holder.metrics,
+    )
+    return Follower(
+        coordinator=coordinator,
+        taker=taker,
+        files=holdings.versions,
+        status=holder.status,
+        engine=service.engine,
+        url=url,
+        metrics=holder.metrics,
+    )
+
+
+def _folders(settings: ServerSettings, stack: contextlib.AsyncExitStack) -> tuple[Holdings, Path]:
+    """Where versions lie, and where patches lie until the engine has read them: on a disk, not in memory."""
+    try:
+        if settings.weights_dir is None:
+            made = tempfile.TemporaryDirectory(prefix="spoke-weights-", ignore_cleanup_errors=True)
+            folder = Path(stack.enter_context(made))
+        else:
+            folder = settings.weights_dir
+            folder.mkdir(parents=True, exist_ok=True)
+        holdings = Holdings(folder, settings.run)
+        stack.callback(holdings.close)
+        work = folder / f".work-{settings.run}"  # no run is called so
+        shutil.rmtree(work, ignore_errors=True)  # left by a process that was killed
+        work.mkdir()
+    except OSError as error:
+        raise ConfigError(f"--weights-dir {settings.weights_dir}: {error}") from None
+    return holdings, work

@@ -1,0 +1,76 @@
+"""A file that is named after its content, once that is known: two writers never overwrite each other's bytes."""
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from shared.errors import WeightsError
+from shared.manifest import FileEntry
+
+
+class ContentFile:
+    """A new file of a folder, `{stem}-{first 8 digits of its SHA-256}{suffix}`, hashed while it is written.
+
+    Used in a `with` block: at its end the file takes its name, and `entry` describes it. After an exception
+    nothing is left of it.
+
+    Args:
+        folder: where it goes; made where it is missing.
+        stem: how its name begins.
+        suffix: how its name ends.
+
+    Raises:
+        WeightsError: the disk is full, or the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, stem: str, suffix: str) -> None:
+        self.entry: FileEntry | None = None
+        """What a manifest says of it; None until the block ended."""
+        self.size = 0
+        """Bytes so far."""
+        self._folder, self._stem, self._suffix = folder, stem, suffix
+        self._hash = hashlib.sha256()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            descriptor, self._partial = tempfile.mkstemp(dir=folder, prefix=".", suffix=".partial")
+        except OSError as error:
+            raise WeightsError(f"{folder}: {error}") from error
+        self._stream = os.fdopen(descriptor, "wb")
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append some bytes."""
+        try:
+            self._stream.write(data)
+        except OSError as error:
+            raise WeightsError(f"{self._folder}: {error}") from error
+        self._hash.update(data)
+        self.size += memoryview(data).nbytes
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            self._stream.close()
+            if kind is None:
+                digest = self._hash.hexdigest()
+                name = f"{self._stem}-{digest[:8]}{self._suffix}"
+                # mkstemp's files are for their owner alone; a store's are read by whoever may read the folder.
+                Path(self._partial).chmod(0o644)
+                Path(self._partial).rename(self._folder / name)
+                self.entry = FileEntry(name=name, size=self.size, sha256=digest)
+        except OSError as failure:
+            raise WeightsError(f"{self._folder}: {failure}") from failure
+        finally:
+            if self.entry is None:
+                with contextlib.suppress(OSError):
+                    Path(self._partial).unlink(missing_ok=True)

@@ -1,0 +1,162 @@
+"""A run whose weights change a little at each version, on a real store and a real Redis; and an engine of it.
+
+The engine is a fake: it keeps arrays instead of a model, and fails when it is told to.
+"""
+
+import asyncio
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from server.engines.base import ApplyReport, Weights
+from shared.coordination import RedisCoordinator
+from shared.digests import sha256
+from shared.errors import WeightsError
+from shared.fleet import Head, ServerRecord
+from shared.store import FsspecStore
+from trainer.encoding import Base, encode_version
+
+TIMEOUT = 20.0
+
+
+def digests(tensors: dict[str, Tensor]) -> dict[str, str]:
+    """SHA-256 of each tensor's bytes."""
+    return {
+        name: sha256(memoryview(tensor.contiguous().view(torch.uint8).numpy()))
+        for name, tensor in tensors.items()
+    }
+
+
+class Run:
+    """The trainer's side: versions into a store, heads into Redis.
+
+    Args:
+        folder: of the store.
+        redis_url: of Redis.
+        tensors: version 0.
+    """
+
+    def __init__(self, folder: Path, redis_url: str, tensors: dict[str, Tensor] | None = None):
+        self.name = f"run-{uuid.uuid4().hex[:8]}"
+        self.redis_url = redis_url
+        self.root = folder / "store"
+        self.store = FsspecStore(f"file://{self.root}", self.name)
+        self.coordinator = RedisCoordinator(redis_url, self.name)
+        random = torch.Generator().manual_seed(0)
+        self.tensors = tensors or {
+            "a": torch.randn(64, 128, generator=random),
+            "b": torch.randn(300, generator=random),
+        }
+        self.digests: dict[int, dict[str, str]] = {}
+        self._base: Base | None = None
+        self._scratch = folder / "scratch"
+        self._token: str | None = None
+        self.version = -1
+
+    def folder(self, version: int) -> Path:
+        """Of a version in the store."""
+        return self.root / self.name / f"v{version:06d}"
+
+    async def lease(self) -> None:
+        """Take the run, also after Redis has lost it."""
+        self._token = await self.coordinator.acquire_lease("test")
+
+    async def publish(self, count: int = 1, **how: Any) -> Head:
+        """Store the next versions and announce the last of them."""
+        head = await self.make(count, **how)
+        await self.announce(head)
+        return head
+
+    async def make(
+        self, count: int = 1, *, anchor: bool = False, max_staleness: int | None = 1
+    ) -> Head:
+        """Store the next versions, a few elements changed in each; nobody hears of them yet."""
+        for _ in range(count):
+            self.version += 1
+            head = await asyncio.to_thread(self._store, anchor, max_staleness)
+        return head
+
+    async def announce(self, head: Head) -> None:
+        """Make it the run's head."""
+        if self._token is None:
+            await self.lease()
+        assert self._token is not None
+        await self.coordinator.announce(self._token, head)
+
+    def _store(self, anchor: bool, max_staleness: int | None) -> Head:
+        random = torch.Generator().manual_seed(self.version)
+        tensors = {}
+        for name, tensor in self.tensors.items():
+            places = torch.randint(tensor.numel(), (5,), generator=random)
+            tensors[name] = tensor.clone()
+            tensors[name].view(-1)[places] += 0.5
+        self._scratch.mkdir()
+        manifest = encode_version(
+            tensors, self._scratch, run=self.name, version=self.version, dtype="float32",
+            base=self._base, anchor=anchor or self._base is None,
+        )  # fmt: skip
+        self.store.publish(manifest, self._scratch)
+        shutil.rmtree(self._scratch)
+        self.tensors, self._base = tensors, Base(manifest=manifest, tensors=tensors)
+        self.digests[self.version] = digests(tensors)
+        return Head(
+            version=self.version, manifest_digest=manifest.digest, weights_digest=manifest.weights_digest,
+            store=self.store.url, max_staleness=max_staleness,
+        )  # fmt: skip
+
+    async def record(self, suits: Callable[[ServerRecord], bool]) -> ServerRecord:
+        """The one server's record, once it suits."""
+        async with asyncio.timeout(TIMEOUT):
+            while True:
+                for record in await self.coordinator.servers():
+                    if suits(record):
+                        return record
+                await asyncio.sleep(0.01)
+
+
+class FakeEngine:
+    """Arrays in place of a model."""
+
+    def __init__(self) -> None:
+        self.version = 0
+        self.digest = ""
+        self.open_sequences = 0
+        self.info = SimpleNamespace(model="m", engine="fake", dtype="float32")
+        self.tensors: dict[str, Tensor] = {}
+        self.loads: list[Weights] = []
+        """What it was asked to load, whether or not it did."""
+        self.failures: list[Exception] = []
+        """Raised by the next loads, before anything is changed."""
+
+    async def load_weights(self, weights: Weights) -> ApplyReport:
+        self.loads.append(weights)
+        if self.failures:
+            raise self.failures.pop(0)
+        tensors: dict[str, Tensor] = {}
+        for file in weights.files:
+            tensors |= load_file(file)
+        if weights.base_digest is None:
+            self.tensors = tensors
+        else:
+            if weights.base_digest != self.digest:
+                raise WeightsError("a patch for other weights")
+            for name in [n.removesuffix(".indices") for n in tensors if n.endswith(".indices")]:
+                flat = self.tensors[name].view(-1)
+                flat[tensors[f"{name}.indices"].long()] = tensors[f"{name}.values"]
+        self.version, self.digest = weights.version, weights.digest
+        return ApplyReport(stage_s=0.004, pause_s=0.002, apply_s=0.001)
+
+    async def live_digests(self, dtype: str) -> dict[str, str]:
+        return digests(self.tensors)
+
+
+def service_of(engine: Any) -> Any:
+    """As much of a service as a follower needs."""
+    return SimpleNamespace(engine=engine)

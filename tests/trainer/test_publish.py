@@ -1,0 +1,415 @@
+"""Publishing, on a real Redis and real files.
+
+1. Files, then the lease once more, then the manifest, then the announcement, as seen from outside.
+2. A trainer that was overtaken on the way leaves no manifest, or one that nobody hears of.
+3. Redis emptied between two versions, or away during one: nothing is lost, and the wait has a bound.
+4. A store that is away is tried again; one that refuses is not. An attempt whose answer was lost counts.
+5. No number is used twice: of what was begun, announced, held or checkpointed, the next is above all.
+6. Of two publishers of one version, one succeeds, and the version is whole and that one's.
+7. Cancelled on the way, it leaves no manifest.
+8. What no live server needs is collected, with what dead publishes left.
+"""
+
+import asyncio
+import contextlib
+import uuid
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import running_redis
+from torch import Tensor
+
+from shared.coordination import RedisCoordinator
+from shared.errors import CoordinationError, LeaseError, WeightsError
+from shared.fleet import Head, ServerRecord, ServerState
+from shared.manifest import Manifest
+from shared.shards import verify_tensors
+from shared.store import FsspecStore
+from trainer.collection import Collector, superseded
+from trainer.lease import hold
+from trainer.publish import Publisher
+
+BOUND_S = 20.0
+Hook = Callable[[str], None]
+
+
+class Store(FsspecStore):
+    """A store on real files that tells what it does: `begin`, `files` (before the manifest), `done`."""
+
+    def __init__(self, folder: Path, hook: Hook = lambda stage: None) -> None:
+        super().__init__(f"file://{folder}", "run")
+        self.hook = hook
+        self.folder = folder / "run"
+
+    def publish(
+        self, manifest: Manifest, folder: Path, *, before_manifest: Callable[[], None]
+    ) -> None:
+        def between() -> None:
+            self.hook("files")
+            before_manifest()
+
+        self.hook("begin")
+        super().publish(manifest, folder, before_manifest=between)
+        self.hook("done")
+
+    def names(self, version: int) -> set[str]:
+        folder = self.folder / f"v{version:06d}"
+        return {path.name for path in folder.iterdir()} if folder.exists() else set()
+
+
+@pytest.fixture
+async def redis(redis_url: str) -> AsyncIterator[RedisCoordinator]:
+    made = RedisCoordinator(redis_url, f"test-{uuid.uuid4().hex}")
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def weights(seed: int) -> dict[str, Tensor]:
+    torch.manual_seed(seed)
+    return {"a": torch.randn(64, 32).bfloat16(), "b": torch.randn(64).bfloat16()}
+
+
+@contextlib.asynccontextmanager
+async def publishing(
+    redis: RedisCoordinator, store: Store, **options: Any
+) -> AsyncIterator[Publisher]:
+    said = options.setdefault("status", lambda text: None)
+    newest = lambda: max(store.versions(), default=-1)  # noqa: E731
+    async with hold(redis, newest, redis.keys.run, said) as lease:
+        yield Publisher(
+            store=store, store_url=store.url, coordinator=redis, lease=lease, run="run",
+            dtype="bfloat16", **options,
+        )  # fmt: skip
+
+
+async def overtaken(redis: RedisCoordinator, version: int) -> Head:
+    """Another trainer takes the run, as if ours had been stopped for longer than its lease, and announces."""
+    await redis._redis.delete(redis.keys.lease)
+    token = await redis.acquire_lease("another:1")
+    head = Head(version=version, manifest_digest="x", weights_digest="x", store="file:///x")
+    await redis.announce(token, head)
+    await redis.renew_lease(token, release=True)
+    return head
+
+
+def from_thread(work: Any) -> None:
+    """Run a coroutine to its end on a Redis connection of its own, in a thread of the store."""
+    asyncio.run(work)
+
+
+async def test_bytes_are_durable_before_anyone_hears(redis: RedisCoordinator, store: Store) -> None:
+    seen: list[Any] = []
+    store.hook = lambda stage: seen.append((stage, sorted(store.names(0))))
+    async with publishing(redis, store, max_staleness=2) as publisher:
+        checked, announced = publisher._lease.check, publisher._lease.announce
+
+        async def check() -> None:
+            seen.append(("lease", sorted(store.names(0))))
+            await checked()
+
+        async def announce(head: Head) -> None:
+            seen.append(("announce", store.versions(), await redis.head()))
+            await announced(head)
+
+        publisher._lease.check, publisher._lease.announce = check, announce  # type: ignore[method-assign]
+        head = await publisher.publish(0, weights(0), snapshot_s=0.25)
+        (report,) = publisher.reports()
+    manifest = store.manifest(0)
+    files = sorted(entry.name for entry in manifest.files)
+    assert seen == [
+        ("begin", []),
+        ("files", files),
+        ("lease", files),
+        ("done", sorted([*files, "manifest.json"])),
+        ("announce", [0], None),
+    ]
+    assert await redis.head() == head
+    assert head == Head(
+        version=0, manifest_digest=manifest.digest, weights_digest=manifest.weights_digest,
+        store=store.url, max_staleness=2,
+    )  # fmt: skip
+    assert (report.version, report.anchor, report.delta_bytes) == (0, True, None)
+    assert report.full_bytes == 2 * (64 * 32 + 64)
+    assert report.stored_bytes == sum(entry.size for entry in manifest.files)
+    assert report.snapshot_s == 0.25
+    assert min(report.encode_s, report.store_s, report.announce_s) > 0
+
+
+@pytest.mark.parametrize("stage", ["files", "done"])
+async def test_an_overtaken_trainer_announces_nothing(
+    redis: RedisCoordinator, redis_url: str, store: Store, stage: str
+) -> None:
+    other: list[Head] = []
+
+    async def take() -> None:
+        mine = RedisCoordinator(redis_url, redis.keys.run)
+        other.append(await overtaken(mine, 8))
+        await mine.close()
+
+    async def train() -> None:
+        async with publishing(redis, store) as publisher:
+            await publisher.publish(6, weights(6))
+            store.hook = lambda at: from_thread(take()) if at == stage else None
+            await publisher.publish(7, weights(7))
+
+    with pytest.raises(LeaseError, match="version 8 is not of this one"):
+        await train()
+    assert await redis.head() == other[0]
+    assert store.versions() == ([6] if stage == "files" else [6, 7])
+
+
+async def test_redis_emptied_between_two_versions(redis: RedisCoordinator, store: Store) -> None:
+    async with publishing(redis, store) as publisher:
+        await publisher.publish(0, weights(0))
+        keys = redis.keys
+        await redis._redis.delete(keys.lease, keys.fence, keys.head, keys.events)
+        head = await publisher.publish(1, weights(1))
+        assert await redis.head() == head
+
+
+async def test_redis_away_makes_a_version_wait(store: Store) -> None:
+    with running_redis() as server:
+        redis = RedisCoordinator(server.url, "run")
+        waits = asyncio.Event()
+        said: list[str] = []
+
+        def status(text: str) -> None:
+            said.append(text)
+            if "version 1 waits" in text:
+                waits.set()
+
+        async with publishing(redis, store, status=status) as publisher:
+            await publisher.publish(0, weights(0))
+            server.kill()
+            task = asyncio.create_task(publisher.publish(1, weights(1)))
+            await asyncio.wait_for(waits.wait(), BOUND_S)
+            assert store.versions() == [0]
+            server.start()
+            head = await asyncio.wait_for(task, BOUND_S)
+            assert await redis.head() == head
+            assert store.versions() == [0, 1]
+            # A second outage, between the manifest and the announcement.
+            store.hook = lambda stage: server.kill() if stage == "done" else None
+            task = asyncio.create_task(publisher.publish(2, weights(2)))
+            async with asyncio.timeout(BOUND_S):
+                while not any("announcing version 2 waits" in line for line in said):
+                    await asyncio.sleep(0.01)
+            assert store.versions() == [0, 1, 2]
+            server.start()
+            assert await asyncio.wait_for(task, BOUND_S) == await redis.head()
+        await redis.close()
+
+
+async def test_redis_away_for_too_long(store: Store) -> None:
+    with running_redis() as server:
+        redis = RedisCoordinator(server.url, "run")
+        async with publishing(redis, store, wait_s=0.3) as publisher:
+            server.kill()
+            async with asyncio.timeout(BOUND_S):
+                with pytest.raises(CoordinationError, match="does not answer"):
+                    await publisher.publish(0, weights(0))
+        await redis.close()
+    assert store.versions() == []
+
+
+async def test_a_store_that_is_away_is_tried_again(redis: RedisCoordinator, store: Store) -> None:
+    said: list[str] = []
+    failures = [OSError("No space left on device"), OSError("Connection reset by peer")]
+
+    def fail(stage: str) -> None:
+        if stage == "files" and failures:
+            raise failures.pop()
+
+    store.hook = fail
+    async with publishing(redis, store, status=said.append, wait_s=5.0) as publisher:
+        head = await publisher.publish(0, weights(0))
+    assert await redis.head() == head
+    assert [reason for line in said for reason in ("reset", "space") if reason in line] == [
+        "reset",
+        "space",
+    ]
+
+
+async def test_an_attempt_whose_answer_was_lost_counts(
+    redis: RedisCoordinator, store: Store
+) -> None:
+    def fail(stage: str) -> None:
+        if stage == "done":
+            raise WeightsError("the connection ended before the answer") from OSError()
+
+    store.hook = fail
+    async with publishing(redis, store) as publisher:
+        head = await publisher.publish(0, weights(0))
+    assert await redis.head() == head
+
+
+async def test_a_number_that_is_taken_is_refused_at_once(
+    redis: RedisCoordinator, store: Store
+) -> None:
+    async with publishing(redis, store) as publisher:
+        await publisher.publish(0, weights(0))
+        async with asyncio.timeout(BOUND_S):
+            with pytest.raises(WeightsError, match="in the store already"):
+                await publisher.publish(0, weights(1))
+        assert (await redis.head() or Head).weights_digest == store.manifest(0).weights_digest  # type: ignore[union-attr]
+
+
+async def test_of_two_publishers_of_one_version_one_succeeds(
+    redis: RedisCoordinator, redis_url: str, store: Store, tmp_path: Path
+) -> None:
+    """One lost its lease unknowingly, the other has it; both write version 5 at the same time."""
+    mine = RedisCoordinator(redis_url, f"other-{uuid.uuid4().hex}")  # two leases of the one store
+    stores = [Store(tmp_path / "store"), Store(tmp_path / "store")]
+    async with publishing(redis, stores[0]) as one, publishing(mine, stores[1]) as two:
+        results = await asyncio.gather(
+            one.publish(5, weights(1)), two.publish(5, weights(2)), return_exceptions=True
+        )
+    (head,) = [r for r in results if isinstance(r, Head)]
+    (error,) = [r for r in results if not isinstance(r, Head)]
+    assert isinstance(error, WeightsError)
+    manifest = store.manifest(5)
+    assert manifest.digest == head.manifest_digest
+    verify_tensors(store.fetch(manifest, tmp_path / "fetched"), manifest)
+    await mine.close()
+
+
+def record(server_id: str, version: int, digest: str = "w", heard: int = 0) -> ServerRecord:
+    return ServerRecord(
+        server_id=server_id, url="http://x", state=ServerState.READY, version=version,
+        digest=digest, head=heard, model="m", engine="transformers", updated_at=0.0,
+    )  # fmt: skip
+
+
+async def test_no_number_is_used_twice(redis: RedisCoordinator, store: Store) -> None:
+    async with publishing(redis, store) as publisher:
+        await redis.report(record("fresh", 0, digest=""))
+        assert await publisher.next_version() == 0
+        assert await publisher.next_version(after=3) == 4
+        await publisher.publish(4, weights(0))
+        assert await publisher.next_version() == 5
+        # A publish that died: some of its files, no manifest.
+        died = store.folder / "v000007"
+        died.mkdir()
+        (died / "weights-00000.safetensors").write_bytes(b"half")
+        assert await publisher.next_version() == 8
+        await redis.report(record("ahead", 11))
+        assert await publisher.next_version() == 12
+        await redis.report(record("heard", 4, heard=14))
+        assert await publisher.next_version() == 15
+        await redis.restore(
+            Head(version=20, manifest_digest="m", weights_digest="w", store="file:///s")
+        )
+        assert await publisher.next_version() == 21
+        assert await publisher.next_version(after=30) == 31
+
+
+async def test_a_cancelled_publish_leaves_no_version(redis: RedisCoordinator, store: Store) -> None:
+    loop = asyncio.get_running_loop()
+    async with publishing(redis, store) as publisher:
+        begun, ended = asyncio.Event(), asyncio.Event()
+        cancelled = asyncio.Event()
+
+        def hook(stage: str) -> None:
+            if stage == "files":
+                loop.call_soon_threadsafe(begun.set)
+                asyncio.run_coroutine_threadsafe(cancelled.wait(), loop).result(BOUND_S)
+                loop.call_soon_threadsafe(ended.set)
+
+        store.hook = hook
+        task = asyncio.create_task(publisher.publish(0, weights(0)))
+        await asyncio.wait_for(begun.wait(), BOUND_S)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        cancelled.set()
+        await asyncio.wait_for(ended.wait(), BOUND_S)
+        store.hook = lambda stage: None
+        assert await publisher.next_version() == 1
+        await publisher.publish(1, weights(1))
+        await publisher.collect(1)
+    assert store.versions() == store.numbers() == [1]
+
+
+def anchors(*numbers: int, until: int) -> dict[int, bool]:
+    return {version: version in numbers for version in range(until + 1)}
+
+
+@pytest.mark.parametrize(
+    ("versions", "held", "keep", "first"),
+    [
+        (anchors(0, until=9), [9], 3, 0),  # one anchor: everything builds on it
+        (anchors(0, 10, until=12), [12, 12], 3, 10),
+        (anchors(0, 10, until=12), [12, 9], 3, 0),  # a server holds 9 and takes 10, 11, 12
+        (anchors(0, 10, until=12), [12, 10], 3, 10),
+        (anchors(0, 10, until=11), [11], 3, 0),  # of the three newest, 9 builds on 0
+        (anchors(0, 10, until=11), [11], 2, 10),
+        (anchors(0, 10, until=10), [10], 1, 10),
+        (anchors(0, 10, 20, until=23), [23, 4], 3, 20),  # 4 comes back by the newest anchor
+        (anchors(0, 10, 20, until=23), [23, 19], 3, 10),
+        (anchors(0, 10, 20, until=23), [23, 10], 3, 10),
+        (anchors(0, 10, 20, until=23), [], 3, 20),  # nobody is there: the newest anchor stays
+        (anchors(0, 10, 20, until=23), [23], 9, 10),
+        (anchors(*range(8), until=7), [7, 6], 1, 6),  # anchors alone
+        (anchors(*range(8), until=7), [7, 5], 1, 7),
+        (anchors(*range(8), until=7), [7, 5], 3, 5),
+        ({5: True, 6: False, 9: True, 10: False}, [10], 1, 9),  # numbers that were skipped
+        ({5: False, 6: False}, [6], 1, 5),  # no anchor: nothing is touched
+        ({3: False, 4: False, 5: True, 6: False}, [6], 1, 5),
+        ({}, [1], 1, 0),
+    ],
+)  # fmt: skip
+def test_what_can_go(versions: dict[int, bool], held: list[int], keep: int, first: int) -> None:
+    gone = superseded(versions, held, keep)
+    assert gone == [version for version in sorted(versions) if version < first]
+
+
+async def test_collection_spares_what_live_servers_need(
+    redis: RedisCoordinator, store: Store
+) -> None:
+    async with publishing(redis, store, keep=1) as publisher:
+        for version in (0, 1, 2, 4):
+            await publisher.publish(version, weights(version))
+        (store.folder / "v000003").mkdir()  # begun and never finished
+        (store.folder / "v000005").mkdir()  # being published now
+        await redis.report(record("behind", 2))
+        await redis.report(record("fresh", 0, digest=""))
+        await publisher.collect(4)
+        assert store.versions() == [2, 4]
+        assert store.numbers() == [2, 4, 5]
+        await redis.leave("behind")
+        await publisher.collect(4)
+        assert store.versions() == [4]
+
+
+async def test_collection_waits_for_a_redis_that_is_away(store: Store) -> None:
+    with running_redis() as server:
+        redis = RedisCoordinator(server.url, "run")
+        said: list[str] = []
+        async with publishing(redis, store, keep=1, status=said.append) as publisher:
+            await publisher.publish(0, weights(0))
+            await publisher.publish(1, weights(1))
+            server.kill()
+            await publisher.collect(1)
+            assert any("old versions stay" in line for line in said)
+            assert store.versions() == [0, 1]
+            server.start()
+            await publisher.collect(1)
+            assert store.versions() == [1]
+        await redis.close()
+
+
+async def test_a_damaged_manifest_is_no_anchor(redis: RedisCoordinator, store: Store) -> None:
+    async with publishing(redis, store) as publisher:
+        for version in range(3):
+            await publisher.publish(version, weights(version))
+    (store.folder / "v000002" / "manifest.json").write_text("{}")
+    await Collector(store=store, coordinator=redis, keep=1).collect(2)
+    assert store.versions() == [1, 2]

@@ -1,0 +1,90 @@
+"""Which old versions nobody needs any more."""
+
+import asyncio
+from collections.abc import Collection, Mapping
+
+from shared.coordination import Coordinator
+from shared.errors import WeightsError
+from shared.store import WeightStore
+
+
+def superseded(versions: Mapping[int, bool], held: Collection[int], keep: int) -> list[int]:
+    """The stored versions that can go.
+
+    What stays: every version from the newest anchor at or below the lowest one that a live server holds, so that
+    it and its peers catch up by deltas; and, each with the anchor that it builds upon, the `keep` newest. A server
+    that holds something older than the anchor before the newest is not waited for: it comes back by the newest.
+
+    Args:
+        versions: stored versions; whether each is an anchor.
+        held: versions of live servers.
+        keep: newest versions that stay, at least 1.
+
+    Returns:
+        Ascending. Never the newest anchor, nor anything after it.
+
+    Anchors at 0, 10 and 20; a server that holds 19 needs 20 (by its shortcut) and what follows, and what makes 19
+    for others; one that holds 3 comes back by 20:
+
+    >>> versions = {v: v % 10 == 0 for v in range(23)}
+    >>> superseded(versions, held=[22, 19, 3], keep=3) == list(range(10))
+    True
+    >>> superseded(versions, held=[22, 21], keep=2) == list(range(20))
+    True
+    """
+    anchors = sorted(v for v, is_anchor in versions.items() if is_anchor)
+    if not anchors:
+        return []
+    oldest_waited_for = anchors[-2] if len(anchors) > 1 else anchors[-1]
+    lowest = min(
+        [
+            anchors[-1],
+            *sorted(versions)[-keep:],
+            *(v for v in held if v >= oldest_waited_for),
+        ]
+    )
+    first = max((v for v in anchors if v <= lowest), default=min(versions))
+    return sorted(v for v in versions if v < first)
+
+
+class Collector:
+    """Deletes from a run's store what nobody needs any more.
+
+    Args:
+        store: of the run.
+        coordinator: knows the live servers.
+        keep: newest versions that stay.
+    """
+
+    def __init__(self, *, store: WeightStore, coordinator: Coordinator, keep: int) -> None:
+        self._store, self._coordinator, self._keep = store, coordinator, keep
+        self._anchors: dict[int, bool] = {}
+
+    async def collect(self, newest: int) -> None:
+        """Delete the `superseded` versions, and what publishes that died left behind.
+
+        Args:
+            newest: the newest version that is announced; nothing after it is touched.
+
+        Raises:
+            CoordinationError: Redis is away.
+            WeightsError: the store is away.
+        """
+        held = [record.version for record in await self._coordinator.servers() if record.digest]
+        await asyncio.to_thread(self._collect, newest, held)
+
+    def _collect(self, newest: int, held: list[int]) -> None:
+        versions = [version for version in self._store.versions() if version <= newest]
+        partial = {v for v in self._store.numbers() if v < newest}.difference(versions)
+        for version in versions:
+            if version not in self._anchors:
+                self._anchors[version] = self._is_anchor(version)
+        self._anchors = {version: self._anchors[version] for version in versions}
+        for version in [*superseded(self._anchors, held, self._keep), *sorted(partial)]:
+            self._store.delete(version)
+
+    def _is_anchor(self, version: int) -> bool:
+        try:
+            return self._store.manifest(version).is_anchor
+        except WeightsError:
+            return False  # nobody can build on it

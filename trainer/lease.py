@@ -1,0 +1,227 @@
+"""The trainer's hold on its run: one trainer at a time, and none that was overtaken goes on unknowingly.
+
+A lease that is gone (Redis restarted empty, or this process was stopped for longer than it lasts) is taken again.
+Then the versions decide: where one is not ours, another trainer has trained meanwhile and this run stops; else the
+head that Redis may have lost is restored and the run goes on.
+
+A holder that was killed leaves its lease behind for at most `LEASE_S`. It is waited for, not taken for dead by its
+host and process id: containers share both. A holder that lives is known by its renewals, by Redis' clock: the time
+that its lease has left goes up.
+"""
+
+import asyncio
+import contextlib
+import os
+import secrets
+import socket
+from collections.abc import AsyncIterator, Callable
+from typing import Protocol
+
+from shared import coordination
+from shared.coordination import Coordinator, Leases
+from shared.errors import CoordinationError, LeaseError, LeaseHeldError, WeightsError
+from shared.fleet import Head
+
+POLL_S = 0.1
+RETRY_S = 1.0
+
+
+class RunCoordinator(Leases, Coordinator, Protocol):
+    """What a trainer needs of Redis."""
+
+
+class Lease:
+    """A run's lease. Made by `hold`, which renews it.
+
+    Args:
+        coordinator: Redis.
+        newest_stored: the newest version with a manifest in the store, -1 without; called in a thread.
+        run: name of the run, for messages.
+        status: shows what is waited for.
+    """
+
+    def __init__(
+        self,
+        coordinator: RunCoordinator,
+        newest_stored: Callable[[], int],
+        run: str,
+        status: Callable[[str], None],
+    ) -> None:
+        self._coordinator = coordinator
+        self._newest_stored = newest_stored
+        self._run = run
+        self._status = status
+        self._owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+        self._token: str | None = None
+        self._released = False
+        self._ours = -1
+        self._head: Head | None = None
+        self._lock = asyncio.Lock()
+
+    async def take(self) -> None:
+        """Become the run's trainer; what a dead one left is waited for.
+
+        Raises:
+            LeaseHeldError: another trainer lives.
+            CoordinationError: Redis is away.
+            WeightsError: the store is away.
+        """
+        token = await self._acquire()
+        self._ours, _ = await self._newest()
+        self._token = token
+
+    def begin(self, version: int) -> None:
+        """From now on this version in the store is ours."""
+        self._ours = max(self._ours, version)
+
+    async def check(self) -> None:
+        """Return only if the run is ours now; a lease that is gone is taken again where nobody else has trained.
+
+        Raises:
+            LeaseError: another trainer has taken over: this run is to stop.
+            CoordinationError: Redis is away.
+            WeightsError: the store is away while it is needed to decide.
+        """
+        async with self._lock:
+            if self._released:
+                raise LeaseError(f"the lease on run {self._run!r} is given back")
+            if self._token is None:
+                await self._take_again()
+            else:
+                try:
+                    await self._coordinator.renew_lease(self._token)
+                except LeaseError:
+                    self._token = None
+                    await self._take_again()
+            if self._head is not None:
+                # A Redis that came back from an old copy of its memory has our lease and an old head.
+                await self._coordinator.restore(self._head)
+
+    async def announce(self, head: Head) -> None:
+        """Make a version the head, once its bytes are durable.
+
+        Raises:
+            LeaseError: another trainer has taken over.
+            CoordinationError: Redis is away; the same call may be made again.
+        """
+        try:
+            await self._coordinator.announce(self._token or "", head)
+        except LeaseError:
+            await self.check()
+            await self._coordinator.announce(self._token or "", head)
+        self._head = head
+
+    async def keep(self) -> None:
+        """Renew for ever. A Redis that is away is waited for; nothing can be published meanwhile.
+
+        Raises:
+            LeaseError: another trainer has taken over.
+        """
+        pause = coordination.LEASE_S / 3
+        while True:
+            await asyncio.sleep(pause)
+            try:
+                await self.check()
+                pause = coordination.LEASE_S / 3
+            except LeaseError:
+                raise
+            except (CoordinationError, WeightsError) as error:
+                if pause != RETRY_S:
+                    self._status(f"{error}; the run goes on, publishing waits")
+                pause = RETRY_S
+
+    async def release(self) -> None:
+        """Let another trainer have the run at once. Nothing is published after this."""
+        self._released = True
+        if self._token is not None:
+            # Nobody is there to be told: the lease ends by itself.
+            with contextlib.suppress(CoordinationError):
+                await self._coordinator.renew_lease(self._token, release=True)
+
+    async def _acquire(self) -> str:
+        """The lease, once it is free; raises LeaseHeldError as soon as its holder is seen to live."""
+        held: LeaseHeldError | None = None
+        while True:
+            try:
+                return await self._coordinator.acquire_lease(self._owner)
+            except LeaseHeldError as error:
+                # It always ends: each turn without a renewal leaves less of a time that is bounded.
+                renewed = held is not None and error.left_s > held.left_s - POLL_S / 2
+                other = held is not None and error.owner != held.owner
+                if renewed or other or not 0 <= error.left_s <= coordination.LEASE_S:
+                    raise
+                if held is None:
+                    self._status(
+                        f"run {self._run!r} is held by {error.owner}; waiting up to {error.left_s:.0f} s "
+                        "for it to live or to be gone"
+                    )
+                held = error
+            await asyncio.sleep(POLL_S)
+
+    async def _newest(self) -> tuple[int, Head | None]:
+        """(newest version that is announced or stored, the head)."""
+        head = await self._coordinator.head()
+        stored = await asyncio.to_thread(self._newest_stored)
+        return max(stored, -1 if head is None else head.version), head
+
+    async def _take_again(self) -> None:
+        self._status(f"the lease on run {self._run!r} is gone; taking it again")
+        try:
+            token = await self._acquire()
+        except LeaseHeldError as error:
+            raise LeaseError(
+                f"run {self._run!r} was taken over by {error.owner}: this trainer was stopped for longer than its "
+                f"lease of {coordination.LEASE_S:.0f} s, or Redis lost it; its last version is {self._ours}"
+            ) from None
+        newest, head = await self._newest()
+        ours = self._head
+        replaced = (
+            head is not None
+            and ours is not None
+            and head.version == ours.version
+            and head.manifest_digest != ours.manifest_digest
+        )
+        if newest > self._ours or replaced:
+            with contextlib.suppress(CoordinationError):
+                await self._coordinator.renew_lease(token, release=True)
+            raise LeaseError(
+                f"run {self._run!r} was trained by another trainer meanwhile: version {newest} is not of this "
+                f"one, whose last is {self._ours}; go on from the other's checkpoints, or use another --run"
+            )
+        self._token = token
+
+
+@contextlib.asynccontextmanager
+async def hold(
+    coordinator: RunCoordinator,
+    newest_stored: Callable[[], int],
+    run: str,
+    status: Callable[[str], None],
+) -> AsyncIterator[Lease]:
+    """Hold the run while the block runs. The block is cancelled, and LeaseError raised, when another took over.
+
+    Args: see `Lease`.
+
+    Raises:
+        LeaseError: another trainer holds the run, or has taken it over.
+        CoordinationError: Redis is away at the start.
+        WeightsError: the store is away at the start.
+    """
+    lease = Lease(coordinator, newest_stored, run, status)
+    await lease.take()
+    body = asyncio.current_task()
+    assert body is not None
+    keeping = asyncio.create_task(lease.keep())
+    keeping.add_done_callback(lambda task: None if task.cancelled() else body.cancel())
+    try:
+        yield lease
+    except asyncio.CancelledError:
+        # Ours, unless somebody else cancelled as well.
+        if not keeping.done() or keeping.cancelled() or body.uncancel() > 0:
+            raise
+        error = keeping.exception()
+        assert error is not None
+        raise error from None
+    finally:
+        keeping.cancel()
+        await lease.release()
