@@ -10,6 +10,7 @@ Whatever a test does, nothing of it outlives the test.
 
 import contextlib
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -28,6 +29,7 @@ import httpx
 from support import START_S, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def until(condition: Callable[[], Any], what: str, bound_s: float = 30.0) -> Any:
@@ -86,8 +88,10 @@ class Member:
     process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        environment = os.environ | {"OMP_NUM_THREADS": "1", "SPOKE_TEST_SIGNS": str(self.signs),
-                                    "SPOKE_TEST_FAULTS": self.faults}  # fmt: skip
+        environment = ENVIRONMENT | {
+            "SPOKE_TEST_SIGNS": str(self.signs),
+            "SPOKE_TEST_FAULTS": self.faults,
+        }
         with self.log.open("ab") as stream:
             self.process = subprocess.Popen(
                 self.command, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
@@ -126,7 +130,9 @@ class Member:
     def wait_ready(self) -> None:
         def look() -> bool:
             assert self.process is not None
-            assert self.process.poll() is None, f"{self.name} ended:\n{self.log.read_text()[-3000:]}"
+            assert self.process.poll() is None, (
+                f"{self.name} ended:\n{self.log.read_text()[-3000:]}"
+            )
             return self.ready()
 
         until(look, f"{self.name} is ready", START_S)
@@ -143,12 +149,20 @@ class Member:
             answer = httpx.get(f"{self.url}/readyz", timeout=5.0)
             return answer.status_code == 200 and answer.json()["version"] >= version
 
-        until(look, f"{self.name} serves version {version}:\n{self.log.read_text()[-2000:]}", bound_s)
+        until(
+            look, f"{self.name} serves version {version}:\n{self.log.read_text()[-2000:]}", bound_s
+        )
 
 
 @contextlib.contextmanager
 def member(
-    name: str, model: Path, folder: Path, redis_url: str, run: str, *arguments: str, faults: str = ""
+    name: str,
+    model: Path,
+    folder: Path,
+    redis_url: str,
+    run: str,
+    *arguments: str,
+    faults: str = "",
 ) -> Iterator[Member]:
     """A server of the transformers engine, started; gone when the block ends.
 
@@ -274,6 +288,71 @@ class Rule:
     pattern: re.Pattern[str]
     kind: str
     times: int
+
+
+class Leader:
+    """A process of `publishing.py`."""
+
+    def __init__(self, *arguments: str, log: Path) -> None:
+        command = [sys.executable, str(ROOT / "tests/faults/publishing.py"), *arguments]
+        self._log = log.open("ab")
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
+            env=ENVIRONMENT, cwd=ROOT,
+        )  # fmt: skip
+        self.said: list[dict[str, Any]] = []
+        self._reading = threading.Thread(target=self._read, daemon=True)
+        self._reading.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            self.said.append(json.loads(line))
+
+    def says(self, key: str, bound_s: float = 60.0, *, nth: int = 1) -> dict[str, Any]:
+        """The n-th line that has a key, once it is there."""
+
+        def look() -> dict[str, Any] | None:
+            found = [line for line in list(self.said) if key in line]
+            return found[nth - 1] if len(found) >= nth else None
+
+        found: dict[str, Any] = until(
+            look, f"{key} from the trainer; it said {self.said[-3:]}", bound_s
+        )
+        return found
+
+    def tell(self, word: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(word + "\n")
+        self.process.stdin.flush()
+
+    def publish(self, bound_s: float = 60.0) -> dict[str, Any]:
+        """The next version, announced."""
+        before = sum("weights_digest" in line for line in self.said)
+        self.tell("publish")
+        return self.says("weights_digest", bound_s, nth=before + 1)
+
+    def send(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+        if number is signal.SIGKILL:
+            self.process.wait()
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            with contextlib.suppress(BrokenPipeError):
+                self.tell("quit")
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        assert self.process.stdin is not None and self.process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self._reading.join(10)
+        self.process.stdout.close()
+        self._log.close()
 
 
 def tensor_digests(folder: Path) -> dict[str, str]:

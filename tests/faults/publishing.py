@@ -64,7 +64,9 @@ class StopsInside(FsspecStore):
     at = ""
 
     def publish(self, manifest: Any, folder: Path, **rest: Any) -> None:
-        if manifest.base_version is None and not manifest.shortcut:  # the first version goes through
+        if (
+            manifest.base_version is None and not manifest.shortcut
+        ):  # the first version goes through
             super().publish(manifest, folder, **rest)
             return
         before = rest.pop("before_manifest")
@@ -75,7 +77,9 @@ class StopsInside(FsspecStore):
             before()
 
         if self.at == "files":
-            target = Path(self.url.removeprefix("file://")) / manifest.run / f"v{manifest.version:06d}"
+            target = (
+                Path(self.url.removeprefix("file://")) / manifest.run / f"v{manifest.version:06d}"
+            )
             target.mkdir()
             (target / manifest.files[0].name).write_bytes(b"half")
             self._stand(manifest.version)
