@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from faults.parts import Leader, Member, Redis, member
 
 from shared.coordination import RedisCoordinator
 from shared.fleet import ServerRecord
-
-from faults.parts import Leader, Member, Redis, member
 
 
 @dataclass

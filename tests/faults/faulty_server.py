@@ -12,7 +12,6 @@ SPOKE_TEST_SIGNS and waits for `NAME.go` beside it. Nothing else of the server i
 
 import asyncio
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -60,11 +59,11 @@ def install() -> None:
     for kind in (staging.Scatter, staging.Exchange):
         kind.apply = counting(kind.apply)  # type: ignore[method-assign]
 
-    decoded, take = Taker._decoded, Taker.take
+    swapped, take = Taker._swapped, Taker.take
 
-    async def slow_decoded(self: Any, *args: Any) -> Any:
+    async def slow_swapped(self: Any, *args: Any) -> Any:
         await asyncio.to_thread(stand, "decode")
-        return await decoded(self, *args)
+        return await swapped(self, *args)
 
     async def slow_take(self: Any, head: Any) -> Any:
         nonlocal applied
@@ -73,12 +72,5 @@ def install() -> None:
         stand("taken")
         return update
 
-    Taker._decoded = slow_decoded  # type: ignore[method-assign]
+    Taker._swapped = slow_swapped  # type: ignore[method-assign]
     Taker.take = slow_take  # type: ignore[method-assign]
-
-
-if __name__ == "__main__":
-    from server.__main__ import main
-
-    install()
-    sys.exit(main())

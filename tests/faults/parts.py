@@ -1,8 +1,8 @@
 """The parts of a small fleet as real processes, and ways to break each of them.
 
 - `Redis`: a real redis-server that can be killed and started again empty, on the same port.
-- `Member`: a real `python -m server` that follows a run; it can be killed, stopped (SIGSTOP) and continued. Through
-  `faulty_server.py` it stops at a named place inside itself and says so by a file.
+- `Member`: a real server process that follows a run; it can be killed, stopped (SIGSTOP) and continued. By
+  `faulty_server` it stops at a named place inside itself and says so by a file.
 - `FaultyStore`: a file server on a real socket that damages, cuts or withholds the files of a store as told.
 
 Whatever a test does, nothing of it outlives the test.
@@ -10,7 +10,7 @@ Whatever a test does, nothing of it outlives the test.
 
 import contextlib
 import hashlib
-import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -29,7 +29,6 @@ import httpx
 from support import START_S, free_port
 
 ROOT = Path(__file__).resolve().parents[2]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def until(condition: Callable[[], Any], what: str, bound_s: float = 30.0) -> Any:
@@ -74,46 +73,69 @@ class Redis:
             self._process = None
 
 
+def run_server(argv: list[str], log: str, faults: str, signs: str) -> None:
+    """A server's process: `python -m server`, or the one that stands still at places."""
+    _own_output(log)
+    os.environ["SPOKE_TEST_FAULTS"], os.environ["SPOKE_TEST_SIGNS"] = faults, signs
+    from server.__main__ import main
+
+    if faults:
+        from faults.faulty_server import install
+
+        install()
+    sys.exit(main(argv))
+
+
+def run_leader(argv: list[str], log: str, orders: Any, words: Any) -> None:
+    """The process of a trainer that only publishes."""
+    _own_output(log)
+    from faults.publishing import main
+
+    main(argv, orders, words)
+
+
+def _own_output(log: str) -> None:
+    with Path(log).open("ab") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+
+
+def processes() -> Any:
+    """Starts processes as forks of one that has imported what takes long: seconds less for each of them."""
+    # Python 3.11's fork server does not take its parent's sys.path.
+    os.environ["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["faults.preload"])
+    return context
+
+
 @dataclass
 class Member:
     """One server of the fleet."""
 
     name: str
     url: str
-    command: list[str]
+    argv: list[str]
     log: Path
     signs: Path
     """Folder in which `faulty_server` says where it stands, and in which a test says that it may go on."""
     faults: str = ""
-    process: subprocess.Popen[bytes] | None = None
+    process: Any = None
 
     def start(self) -> None:
-        environment = ENVIRONMENT | {
-            "SPOKE_TEST_SIGNS": str(self.signs),
-            "SPOKE_TEST_FAULTS": self.faults,
-        }
-        with self.log.open("ab") as stream:
-            self.process = subprocess.Popen(
-                self.command, stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                env=environment, cwd=ROOT,
-            )  # fmt: skip
+        arguments = (self.argv, str(self.log), self.faults, str(self.signs))
+        self.process = processes().Process(target=run_server, args=arguments)
+        self.process.start()
+
+    @property
+    def running(self) -> bool:
+        return self.process is not None and self.process.exitcode is None
 
     def send(self, number: signal.Signals) -> None:
-        assert self.process is not None
-        self.process.send_signal(number)
-        if number is signal.SIGKILL:
-            self.process.wait()
+        send(self.process, number)
 
     def end(self) -> None:
-        if self.process is None or self.process.poll() is not None:
-            return
-        self.process.send_signal(signal.SIGCONT)
-        self.process.terminate()
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        end(self.process)
 
     def reached(self, place: str, bound_s: float = 60.0) -> None:
         """Wait until the server stands at a place that its faults name."""
@@ -129,8 +151,7 @@ class Member:
 
     def wait_ready(self) -> None:
         def look() -> bool:
-            assert self.process is not None
-            assert self.process.poll() is None, (
+            assert self.running, (
                 f"{self.name} ended:\n{self.log.read_text()[-3000:]}"
             )
             return self.ready()
@@ -178,13 +199,12 @@ def member(
     port, own = free_port(), folder / name
     signs = own / "signs"
     signs.mkdir(parents=True)
-    program = [str(ROOT / "tests/faults/faulty_server.py")] if faults else ["-m", "server"]
-    command = [
-        sys.executable, *program, "--model", str(model), "--port", str(port), "--engine", "transformers",
+    argv = [
+        "--model", str(model), "--port", str(port), "--engine", "transformers",
         "--dtype", "bfloat16", "--redis-url", redis_url, "--run", run, "--server-id", name,
         "--reward-workers", "1", *arguments,
     ]  # fmt: skip
-    found = Member(name, f"http://127.0.0.1:{port}", command, own / "log", signs, faults)
+    found = Member(name, f"http://127.0.0.1:{port}", argv, own / "log", signs, faults)
     found.start()
     try:
         yield found
@@ -207,8 +227,8 @@ class FaultyStore:
     release: threading.Event = field(default_factory=threading.Event)
 
     def rule(self, pattern: str, kind: str, times: int = 1) -> None:
-        """`kind`: missing (404), cut (half of it, then the connection ends), flip (one bit), truncate (short but whole),
-        stall (half of it, then nothing until released)."""
+        """`kind`: missing (404), cut (half of it, then the connection ends), flip (one bit), truncate (short but
+        whole), stall (half of it, then nothing until released)."""
         self.rules.append(Rule(re.compile(pattern), kind, times))
 
     def take(self, path: str) -> str:
@@ -291,23 +311,24 @@ class Rule:
 
 
 class Leader:
-    """A process of `publishing.py`."""
+    """A process of `publishing`: a trainer as far as the fleet can see one."""
 
-    def __init__(self, *arguments: str, log: Path) -> None:
-        command = [sys.executable, str(ROOT / "tests/faults/publishing.py"), *arguments]
-        self._log = log.open("ab")
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True,
-            env=ENVIRONMENT, cwd=ROOT,
-        )  # fmt: skip
+    def __init__(self, *argv: str, log: Path) -> None:
+        context = processes()
+        self._orders, orders = context.Pipe()
+        words, said = context.Pipe(duplex=False)
+        self.process = context.Process(target=run_leader, args=(list(argv), str(log), orders, said))
+        self.process.start()
+        orders.close()
+        said.close()
         self.said: list[dict[str, Any]] = []
-        self._reading = threading.Thread(target=self._read, daemon=True)
+        self._reading = threading.Thread(target=self._read, args=(words,), daemon=True)
         self._reading.start()
 
-    def _read(self) -> None:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.said.append(json.loads(line))
+    def _read(self, words: Any) -> None:
+        with contextlib.suppress(EOFError), words:
+            while True:
+                self.said.append(words.recv())
 
     def says(self, key: str, bound_s: float = 60.0, *, nth: int = 1) -> dict[str, Any]:
         """The n-th line that has a key, once it is there."""
@@ -322,9 +343,7 @@ class Leader:
         return found
 
     def tell(self, word: str) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(word + "\n")
-        self.process.stdin.flush()
+        self._orders.send(word)
 
     def publish(self, bound_s: float = 60.0) -> dict[str, Any]:
         """The next version, announced."""
@@ -333,26 +352,34 @@ class Leader:
         return self.says("weights_digest", bound_s, nth=before + 1)
 
     def send(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
-        if number is signal.SIGKILL:
-            self.process.wait()
+        send(self.process, number)
 
     def end(self) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGCONT)
-            with contextlib.suppress(BrokenPipeError):
+        if self.process.exitcode is None:
+            with contextlib.suppress(OSError):
                 self.tell("quit")
-            try:
-                self.process.wait(10)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait()
-        assert self.process.stdin is not None and self.process.stdout is not None
-        with contextlib.suppress(BrokenPipeError):
-            self.process.stdin.close()
+        end(self.process)
+        self._orders.close()
         self._reading.join(10)
-        self.process.stdout.close()
-        self._log.close()
+
+
+def send(process: Any, number: signal.Signals) -> None:
+    """Send a signal; one that kills has killed when this returns."""
+    os.kill(process.pid, number)
+    if number is signal.SIGKILL:
+        process.join()
+
+
+def end(process: Any) -> None:
+    """End a process, whatever state it is in."""
+    if process.exitcode is not None:
+        return
+    os.kill(process.pid, signal.SIGCONT)
+    process.terminate()
+    process.join(20)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
 
 
 def tensor_digests(folder: Path) -> dict[str, str]:

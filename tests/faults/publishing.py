@@ -1,21 +1,20 @@
 """A trainer as far as the fleet can see one: it holds the lease and publishes version after version.
 
-It has the trainer's own `hold` and `Publisher`; only its weights come from a seeded generator instead of gradients,
-a few elements of each tensor moved by one step of their format, as small learning rates do. It says what it
-announced, with digests of its own tensors, a JSON line each; what it reads on its standard input makes it go on:
+It has the trainer's own `hold` and `Publisher`; only its weights come from a seeded generator and not of gradients, a
+few elements of each tensor moved by one step of their format, as small learning rates do. It says what it
+announced, with digests of its own tensors; what it is told makes it go on:
 
     publish        the next version, waited for until it is announced
     quit           gives the lease back and ends
 
-With `--die-at files` or `--die-at manifest` it is stopped for ever at that place of its second version, says so and
-waits to be killed.
+With `--die-at files` or `--die-at manifest` it stands still for ever at that place of its second version, says so
+and waits to be killed.
 """
 
 import argparse
 import asyncio
 import hashlib
-import json
-import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +27,12 @@ from trainer.lease import hold
 from trainer.policy import load_policy, state_tensors
 from trainer.publish import Publisher
 
+WORDS: list[Any] = []
+"""The end of the pipe that it speaks into."""
+
 
 def say(**fields: Any) -> None:
-    print(json.dumps(fields), flush=True)
+    WORDS[0].send(fields)
 
 
 def moved(tensors: dict[str, torch.Tensor], version: int, share: float) -> dict[str, torch.Tensor]:
@@ -87,12 +89,22 @@ class StopsInside(FsspecStore):
 
     def _stand(self, version: int) -> None:
         say(stands=self.at, version=version)
-        import time
-
         time.sleep(600)
 
 
-async def main() -> None:
+def main(argv: list[str], orders: Any, words: Any) -> None:
+    """The process.
+
+    Args:
+        argv: arguments.
+        orders: pipe that says what to do.
+        words: pipe that takes what happened.
+    """
+    WORDS.append(words)
+    asyncio.run(lead(arguments(argv), orders))
+
+
+def arguments(argv: list[str]) -> argparse.Namespace:
     parse = argparse.ArgumentParser()
     for name in ("redis-url", "run", "store", "model"):
         parse.add_argument(f"--{name}", required=True)
@@ -103,17 +115,16 @@ async def main() -> None:
     parse.add_argument("--keep", type=int, default=3)
     parse.add_argument("--wait", type=float, default=60)
     parse.add_argument("--die-at", default="")
-    args = parse.parse_args()
+    return parse.parse_args(argv)
+
+
+async def lead(args: argparse.Namespace, orders: Any) -> None:
     torch.set_num_threads(1)
     tensors = state_tensors(load_policy(args.model, torch.bfloat16), torch.bfloat16)
     coordinator = RedisCoordinator(args.redis_url, args.run)
     store = StopsInside(args.store, args.run) if args.die_at else FsspecStore(args.store, args.run)
     if isinstance(store, StopsInside):
         store.at = args.die_at
-    reader = asyncio.StreamReader()
-    await asyncio.get_running_loop().connect_read_pipe(
-        lambda: asyncio.StreamReaderProtocol(reader), sys.stdin
-    )
     try:
         async with hold(
             coordinator, lambda: max(store.versions(), default=-1), args.run,
@@ -126,7 +137,7 @@ async def main() -> None:
             )  # fmt: skip
             version = await publisher.next_version()
             say(leads=True, next=version)
-            while (await reader.readline()).strip() == b"publish":
+            while await asyncio.to_thread(orders.recv) == "publish":
                 tensors = moved(tensors, version, args.share)
                 head = await publisher.publish(version, tensors)
                 (report,) = publisher.reports()
@@ -141,7 +152,3 @@ async def main() -> None:
         say(ended=f"{type(error).__name__}: {error}")
     finally:
         await coordinator.close()
-
-
-if __name__ == "__main__":
-    asyncio.run(main())

@@ -7,7 +7,6 @@
 """
 
 import pytest
-
 from faults.conftest import Run
 from faults.parts import FaultyStore, until
 

@@ -10,7 +10,6 @@
 import signal
 
 import httpx
-
 from faults.conftest import Run
 from faults.parts import FaultyStore, Member, until
 
