@@ -110,6 +110,12 @@ def is_away(error: CoordinationError) -> bool:
     return isinstance(cause, away) and not isinstance(cause, AuthenticationError)
 
 
+def _unread(task: asyncio.Future[Any]) -> None:
+    """Nobody waits for it any more."""
+    if not task.cancelled():
+        task.exception()
+
+
 class RedisCoordinator:
     """`Leases` and `Coordinator` on one Redis. Every expiry is by Redis' own clock.
 
@@ -147,13 +153,20 @@ class RedisCoordinator:
         return self._keys
 
     async def _call(self, call: Awaitable[T], bound_s: float = CALL_S) -> T:
+        # A task of its own: redis-py may swallow a cancellation while it connects, and with it a server's stop.
+        task = asyncio.ensure_future(call)
         try:
-            # Not `wait_for`, which in Python 3.11 may swallow a cancellation, and with it a server's stop.
-            async with asyncio.timeout(bound_s):
-                return await call
-        except (RedisError, OSError, TimeoutError) as error:
+            done, _ = await asyncio.wait({task}, timeout=bound_s)
+            if not done:
+                raise TimeoutError
+            return task.result()
+        except (RedisError, OSError) as error:  # TimeoutError is an OSError
             reason = str(error) or type(error).__name__
             raise CoordinationError(f"Redis at {self._where} does not answer: {reason}") from error
+        finally:
+            if not task.done():
+                task.add_done_callback(_unread)
+                task.cancel()
 
     async def script(self, name: str, keys: Sequence[str], args: Sequence[str | int]) -> Any:  # noqa: ANN401
         """Run `shared/lua/NAME.lua`; its first lines say what it takes and returns.

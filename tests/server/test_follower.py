@@ -24,6 +24,7 @@ from server.holdings import Holdings
 from server.settings import ServerSettings
 from server.states import CaughtUp
 from server.status import Status
+from server.waiting import patiently
 from shared.coordination import RedisCoordinator
 from shared.errors import BusyError, CoordinationError, EngineError, WeightsError
 from shared.fleet import ServerState
@@ -84,12 +85,14 @@ class Member:
 
     async def _ended(self, task: asyncio.Task[None]) -> None:
         task.cancel()
-        await asyncio.wait({task})
+        await asyncio.wait({task}, timeout=TIMEOUT)
         assert task.cancelled(), task.exception()  # a follower that died is a failure of the test
 
     async def holds(self, version: int) -> None:
         """Wait until the fleet table says so, and compare every live tensor."""
-        await self.run.record(lambda r: r.version == version and r.last_error is None)
+        await self.run.record(
+            lambda r: bool(r.digest) and (r.version, r.last_error) == (version, None)
+        )
         assert (self.engine.version, self.status.standing.version) == (version, version)
         assert digests(self.engine.tensors) == self.run.digests[version]
 
@@ -271,14 +274,17 @@ async def test_a_redis_that_restarts_empty_gets_everything_back(
         assert member.status.state.serves
         own_redis.start()
         await member.holds(1)
-        assert await run.coordinator.head() == head
+        async with asyncio.timeout(TIMEOUT):
+            while (restored := await run.coordinator.head()) is None:
+                await asyncio.sleep(0.01)
+        assert restored == head
         await run.lease()
         await run.publish()
         await member.holds(2)
 
 
-async def test_a_redis_that_is_away_at_the_start_is_waited_for(
-    own_redis: RedisProcess, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_a_redis_that_is_away_at_the_start_is_waited_for_and_not_for_ever(
+    own_redis: RedisProcess, tmp_path: Path
 ) -> None:
     run = Run(tmp_path, own_redis.url)
     async with contextlib.AsyncExitStack() as stack:
@@ -290,6 +296,9 @@ async def test_a_redis_that_is_away_at_the_start_is_waited_for(
             CoordinationError, match=r"does not answer.*waited 1 s \(--redis-wait\)"
         ):
             await member.start()
+        waiting = asyncio.create_task(patiently(run.coordinator.head, TIMEOUT))
+        own_redis.start()
+        assert await waiting is None
 
 
 async def test_what_went_bad_on_its_own_disk_is_fetched_again(run: Run, member: Member) -> None:

@@ -11,17 +11,23 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
 from server.engines.base import ApplyReport, Weights
 from shared.coordination import RedisCoordinator
+from shared.delta import encode
+from shared.delta_file import write_delta
 from shared.digests import sha256
 from shared.errors import WeightsError
 from shared.fleet import Head, ServerRecord
+from shared.manifest import DeltaEntry, Encoding, Manifest, TensorEntry
+from shared.shards import write_shards
 from shared.store import FsspecStore
-from trainer.encoding import Base, encode_version
+from shared.tensor_files import TensorInfo
 
 TIMEOUT = 20.0
 
@@ -32,6 +38,12 @@ def digests(tensors: dict[str, Tensor]) -> dict[str, str]:
         name: sha256(memoryview(tensor.contiguous().view(torch.uint8).numpy()))
         for name, tensor in tensors.items()
     }
+
+
+def bits(tensor: Tensor) -> NDArray[Any]:
+    """[N] float32 as uint32."""
+    found: NDArray[Any] = tensor.contiguous().view(-1).numpy().view(np.uint32)
+    return found
 
 
 class Run:
@@ -55,7 +67,7 @@ class Run:
             "b": torch.randn(300, generator=random),
         }
         self.digests: dict[int, dict[str, str]] = {}
-        self._base: Base | None = None
+        self._base: Manifest | None = None
         self._scratch = folder / "scratch"
         self._token: str | None = None
         self.version = -1
@@ -98,18 +110,44 @@ class Run:
             tensors[name] = tensor.clone()
             tensors[name].view(-1)[places] += 0.5
         self._scratch.mkdir()
-        manifest = encode_version(
-            tensors, self._scratch, run=self.name, version=self.version, dtype="float32",
-            base=self._base, anchor=anchor or self._base is None,
-        )  # fmt: skip
+        manifest = self._written(tensors, anchor)
         self.store.publish(manifest, self._scratch)
         shutil.rmtree(self._scratch)
-        self.tensors, self._base = tensors, Base(manifest=manifest, tensors=tensors)
+        self.tensors, self._base = tensors, manifest
         self.digests[self.version] = digests(tensors)
         return Head(
             version=self.version, manifest_digest=manifest.digest, weights_digest=manifest.weights_digest,
             store=self.store.url, max_staleness=max_staleness,
         )  # fmt: skip
+
+    def _written(self, tensors: dict[str, Tensor], anchor: bool) -> Manifest:
+        """An anchor, with its shortcut where there is a version before it; or a delta."""
+        infos = [TensorInfo(name=n, dtype="F32", shape=tuple(t.shape)) for n, t in tensors.items()]
+        base, shards, step = self._base, None, None
+        if base is not None:
+            blobs = (
+                (name, encode(bits(self.tensors[name]), bits(tensors[name]))) for name in tensors
+            )
+            step = DeltaEntry(
+                base_version=base.version, base_digest=base.weights_digest,
+                files=write_delta(((n, b) for n, b in blobs if b is not None), self._scratch),
+            )  # fmt: skip
+        if base is None or anchor:
+            shards = write_shards(infos, lambda name: bits(tensors[name]), self._scratch)
+        sums = digests(tensors)
+        about: dict[str, Any] = {
+            "run": self.name, "version": self.version, "dtype": "float32",
+            "tensors": [
+                TensorEntry(name=t.name, dtype=t.dtype, shape=t.shape, sha256=sums[t.name]) for t in infos
+            ],
+        }  # fmt: skip
+        if shards is not None:
+            return Manifest(**about, files=shards, shortcut=step).seal()
+        assert step is not None
+        return Manifest(
+            **about, files=step.files, encoding=Encoding.DELTA,
+            base_version=step.base_version, base_digest=step.base_digest,
+        ).seal()  # fmt: skip
 
     async def record(self, suits: Callable[[ServerRecord], bool]) -> ServerRecord:
         """The one server's record, once it suits."""
