@@ -33,20 +33,29 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
+from shared.delta_streams import (
+    Bits,
+    choose_limit,
+    coarse_magnitudes,
+    fold,
+    from_planes,
+    gaps_between,
+    ordered_below,
+    places_after,
+    places_where,
+    to_planes,
+    unfold,
+)
 from shared.errors import WeightsError
 
-Bits = NDArray[Any]
-"""[n] a tensor's elements as unsigned integers of their width, flattened row major."""
 Indices = NDArray[np.signedinteger[Any]]
 
 SEGMENT = 1 << 24
 """Elements coded together."""
 MOST_INT32 = (1 << 31) - 1
 """Elements that int32 indices reach; a tensor of more gets int64."""
-LEVEL = 3
-_ORDERED_SHARE = 16
-"""At most about one element in so many is ordered by magnitude: ordering costs time."""
-_SAMPLES = 1 << 16
+LEVEL = 5
+"""Of zstd: higher ones gain a hundredth and take their time."""
 _MAGIC = b"SpD1"
 _HEAD = struct.Struct("<4sBQ")
 _SEGMENT_HEAD = struct.Struct("<IIHBBBI")
@@ -141,21 +150,20 @@ def _segments(elements: int) -> Iterator[slice]:
 
 
 def _encode_segment(base: Bits, new: Bits) -> bytes | None:
-    changed = base != new
-    places = np.flatnonzero(changed)
-    if not places.size:
+    changed = places_where(lambda part: base[part] != new[part], base.size)
+    if not changed.size:
         return None
-    coarse = _coarse(base[places])
-    limit = _choose_limit(base, coarse)
-    below = _ordered_below(base, limit) if limit else places[:0]
-    ranks = np.flatnonzero(changed[below])
-    above = places[coarse >= limit]
+    coarse = coarse_magnitudes(base[changed])
+    limit = choose_limit(base, coarse)
+    below = ordered_below(base, limit) if limit else changed[:0]
+    ranks = np.flatnonzero(base[below] != new[below])
+    above = changed[coarse >= limit]
     moved = np.concatenate([below[ranks], above])
-    streams = [_gaps(ranks), _gaps(above), _folded(base[moved], new[moved])]
-    planes = [_planes(stream) for stream in streams]
-    raw = b"".join(data for data, _ in planes)
+    streams = [gaps_between(ranks), gaps_between(above), fold(base[moved], new[moved])]
+    packed = [to_planes(stream) for stream in streams]
+    raw = b"".join(data for data, _ in packed)
     frame = zstandard.ZstdCompressor(level=LEVEL, write_content_size=False).compress(raw)
-    widths = [width for _, width in planes]
+    widths = [width for _, width in packed]
     return _SEGMENT_HEAD.pack(ranks.size, above.size, limit, *widths, len(frame)) + frame
 
 
@@ -181,13 +189,13 @@ def _decode_segment(blob: memoryview, at: int, base: Bits) -> tuple[Patch, int]:
         raise WeightsError("a delta whose content has another length than it says")
     streams, start = [], 0
     for count, width in zip(counts, widths, strict=True):
-        streams.append(_from_planes(raw, start, count, width))
+        streams.append(from_planes(raw, start, count, width))
         start += count * width
-    below = _ordered_below(base, limit) if small else np.empty(0, np.int64)
+    below = ordered_below(base, limit) if small else np.empty(0, np.int64)
     indices = np.concatenate(
-        [below[_places(streams[0], below.size)], _places(streams[1], base.size)]
+        [below[places_after(streams[0], below.size)], places_after(streams[1], base.size)]
     )
-    values = _unfolded(base[indices], streams[2].astype(base.dtype))
+    values = unfold(base[indices], streams[2].astype(base.dtype))
     if small:
         order = np.argsort(indices)
         indices, values = indices[order], values[order]
@@ -207,106 +215,3 @@ def _decompress(frame: memoryview, size: int) -> bytes:
         )
     except zstandard.ZstdError as error:
         raise WeightsError(f"a damaged delta: {error}") from None
-
-
-def _magnitude(bits: Bits) -> Bits:
-    """Without the sign, one place to the left: in the order of the absolute values."""
-    doubled: Bits = bits << bits.dtype.type(1)
-    return doubled
-
-
-def _coarse(bits: Bits) -> NDArray[np.uint8]:
-    """The eight bits after the sign: of bfloat16 and float32 the exponent."""
-    upper: Bits = _magnitude(bits) >> bits.dtype.type(8 * bits.itemsize - 8)
-    return upper.astype(np.uint8)
-
-
-def _ordered_below(base: Bits, limit: int) -> NDArray[np.int64]:
-    """Places of the elements with a coarse magnitude below `limit`, by rising magnitude, then by place."""
-    magnitude = _magnitude(base)
-    places = np.flatnonzero(magnitude < base.dtype.type(limit << (8 * base.itemsize - 8)))
-    keys = magnitude[places]
-    if base.itemsize > 2:  # sixteen bits say enough, and sort by radix
-        keys = (keys >> base.dtype.type(8 * base.itemsize - 16)).astype(np.uint16)
-    return places[np.argsort(keys, kind="stable")]
-
-
-def _entropy(part: NDArray[np.float64], whole: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Bits to say which `part` of `whole` elements it is, where any is as likely."""
-    rest = whole - part
-    with np.errstate(divide="ignore", invalid="ignore"):
-        bits = whole * np.log2(whole) - part * np.log2(part) - rest * np.log2(rest)
-    return np.where((part > 0) & (rest > 0), bits, 0.0)
-
-
-def _choose_limit(base: Bits, coarse: NDArray[np.uint8]) -> int:
-    """The coarse magnitude below which ordering saves most bits, by a sample of the base."""
-    step = -(-base.size // _SAMPLES) | 1  # odd: no column of a matrix is all that is looked at
-    sample = np.bincount(_coarse(base[::step]), minlength=256) * float(step)
-    changed = np.bincount(coarse, minlength=256).astype(np.float64)
-    whole = np.maximum(sample, changed)
-    before = np.concatenate([[0.0], np.cumsum(_entropy(changed, whole))])
-    changed_above = np.concatenate([[0.0], np.cumsum(changed)])
-    whole_below = np.concatenate([[0.0], np.cumsum(whole)])
-    bits = before + _entropy(changed_above[-1] - changed_above, np.full(257, whole_below[-1]))
-    bits[1:][whole_below[1:] > base.size / _ORDERED_SHARE] = np.inf
-    return int(np.argmin(bits[:256]))
-
-
-def _gaps(places: NDArray[np.int64]) -> NDArray[np.int64]:
-    """How many elements lie between each place and the one before."""
-    return np.diff(places, prepend=-1) - 1
-
-
-def _places(gaps: Bits, end: int) -> NDArray[np.int64]:
-    places = np.cumsum(gaps.astype(np.int64) + 1) - 1
-    if places.size and places[-1] >= end:
-        raise WeightsError("a delta that names more than its tensor has")
-    return places
-
-
-def _ordered(bits: Bits) -> Bits:
-    """Float bits as integers that grow with the value; its own kind of two's complement."""
-    top = 8 * bits.itemsize - 1
-    negative = bits >> bits.dtype.type(top)
-    ordered: Bits = bits ^ ((bits.dtype.type(0) - negative) | bits.dtype.type(1 << top))
-    return ordered
-
-
-def _from_ordered(integers: Bits) -> Bits:
-    top = 8 * integers.itemsize - 1
-    positive = integers >> integers.dtype.type(top)
-    bits: Bits = integers ^ ((positive - integers.dtype.type(1)) | integers.dtype.type(1 << top))
-    return bits
-
-
-def _folded(base: Bits, new: Bits) -> Bits:
-    """Differences, none of them zero, as 0, 1, 2, … for -1, +1, -2, …, modulo the type."""
-    one, top = base.dtype.type(1), base.dtype.type(8 * base.itemsize - 1)
-    difference = _ordered(new) - _ordered(base)
-    sign = base.dtype.type(0) - (difference >> top)
-    folded: Bits = ((difference << one) ^ sign) - one
-    return folded
-
-
-def _unfolded(base: Bits, folded: Bits) -> Bits:
-    one = base.dtype.type(1)
-    coded = folded + one
-    difference = (coded >> one) ^ (base.dtype.type(0) - (coded & one))
-    return _from_ordered(_ordered(base) + difference)
-
-
-def _planes(values: NDArray[Any]) -> tuple[bytes, int]:
-    """Byte planes, the lowest first, and how many there are: none where all values are zero."""
-    width = (int(values.max(initial=0)).bit_length() + 7) // 8
-    rows = values.astype(values.dtype.newbyteorder("<"), copy=False).view(np.uint8)
-    return rows.reshape(values.size, values.itemsize).T[:width].tobytes(), width
-
-
-def _from_planes(raw: bytes, start: int, count: int, width: int) -> Bits:
-    values: Bits = np.zeros(count, np.uint32 if width <= 4 else np.uint64)
-    kind = values.dtype.type
-    for plane in range(width):
-        row: Bits = np.frombuffer(raw, np.uint8, count, start + plane * count).astype(kind)
-        values |= row << kind(8 * plane)
-    return values

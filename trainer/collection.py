@@ -76,15 +76,18 @@ class Collector:
     def _collect(self, newest: int, held: list[int]) -> None:
         versions = [version for version in self._store.versions() if version <= newest]
         partial = {v for v in self._store.numbers() if v < newest}.difference(versions)
-        for version in versions:
-            if version not in self._anchors:
-                self._anchors[version] = self._is_anchor(version)
-        self._anchors = {version: self._anchors[version] for version in versions}
-        for version in [*superseded(self._anchors, held, self._keep), *sorted(partial)]:
+        found = {version: self._is_anchor(version) for version in versions}
+        self._anchors = {v: is_anchor for v, is_anchor in found.items() if is_anchor is not None}
+        # One that cannot be read counts as no anchor: nobody can build on it, and less is deleted for it.
+        known = {version: bool(is_anchor) for version, is_anchor in found.items()}
+        for version in [*superseded(known, held, self._keep), *sorted(partial)]:
             self._store.delete(version)
 
-    def _is_anchor(self, version: int) -> bool:
-        try:
-            return self._store.manifest(version).is_anchor
-        except WeightsError:
-            return False  # nobody can build on it
+    def _is_anchor(self, version: int) -> bool | None:
+        """None where the manifest cannot be read, now or ever."""
+        if version not in self._anchors:
+            try:
+                return self._store.manifest(version).is_anchor
+            except WeightsError:
+                return None
+        return self._anchors[version]

@@ -66,9 +66,8 @@ class Lease:
             CoordinationError: Redis is away.
             WeightsError: the store is away.
         """
-        token = await self._acquire()
+        self._token = await self._acquire()
         self._ours, _ = await self._newest()
-        self._token = token
 
     def begin(self, version: int) -> None:
         """From now on this version in the store is ours."""
@@ -153,7 +152,7 @@ class Lease:
                 if held is None:
                     self._status(
                         f"run {self._run!r} is held by {error.owner}; waiting up to {error.left_s:.0f} s "
-                        "for it to live or to be gone"
+                        "to see whether it lives"
                     )
                 held = error
             await asyncio.sleep(POLL_S)
@@ -161,7 +160,10 @@ class Lease:
     async def _newest(self) -> tuple[int, Head | None]:
         """(newest version that is announced or stored, the head)."""
         head = await self._coordinator.head()
-        stored = await asyncio.to_thread(self._newest_stored)
+        try:
+            stored = await asyncio.to_thread(self._newest_stored)
+        except OSError as error:
+            raise WeightsError(f"the weight store of run {self._run!r}: {error}") from error
         return max(stored, -1 if head is None else head.version), head
 
     async def _take_again(self) -> None:
@@ -208,20 +210,28 @@ async def hold(
         WeightsError: the store is away at the start.
     """
     lease = Lease(coordinator, newest_stored, run, status)
-    await lease.take()
     body = asyncio.current_task()
     assert body is not None
-    keeping = asyncio.create_task(lease.keep())
-    keeping.add_done_callback(lambda task: None if task.cancelled() else body.cancel())
+
+    def stop(task: asyncio.Task[None]) -> None:
+        if not task.cancelled():
+            body.cancel()
+
     try:
-        yield lease
-    except asyncio.CancelledError:
-        # Ours, unless somebody else cancelled as well.
-        if not keeping.done() or keeping.cancelled() or body.uncancel() > 0:
-            raise
-        error = keeping.exception()
-        assert error is not None
-        raise error from None
+        await lease.take()
+        keeping = asyncio.create_task(lease.keep())
+        keeping.add_done_callback(stop)
+        try:
+            yield lease
+        except asyncio.CancelledError:
+            # Ours, unless somebody else cancelled as well.
+            if not keeping.done() or keeping.cancelled() or body.uncancel() > 0:
+                raise
+            error = keeping.exception()
+            assert error is not None
+            raise error from None
+        finally:
+            keeping.remove_done_callback(stop)
+            keeping.cancel()
     finally:
-        keeping.cancel()
         await lease.release()

@@ -19,7 +19,7 @@ from shared.fleet import Head
 from shared.manifest import Manifest
 from shared.store import WeightStore
 from trainer.collection import Collector
-from trainer.encoding import Base, encode_version
+from trainer.encoding import EncodedVersion, encode_version
 from trainer.lease import Lease
 from trainer.publish_report import PublishReport
 
@@ -63,8 +63,7 @@ class Publisher:
         self._collector = Collector(store=store, coordinator=coordinator, keep=keep)
         self._run, self._dtype, self._anchor_every = run, dtype, anchor_every
         self._max_staleness, self._wait_s, self._status = max_staleness, wait_s, status
-        self._base: Base | None = None
-        self._last_anchor = -1
+        self._previous: EncodedVersion | None = None
         self._turn = asyncio.Lock()
         self._reports: list[PublishReport] = []
 
@@ -113,14 +112,13 @@ class Publisher:
             prefix="spoke-publish-", ignore_cleanup_errors=True
         ) as scratch:
             folder = Path(scratch)
-            manifest = await asyncio.to_thread(self._encode, version, tensors, folder)
+            made = await asyncio.to_thread(self._encode, version, tensors, folder)
+            manifest = made.manifest
             encoded = time.monotonic()
             self._lease.begin(version)
             await self._patiently(lambda: self._write(manifest, folder), f"version {version}")
         # The version exists, whether or not it is announced: the next one may build on it.
-        self._base = Base(manifest=manifest, tensors=tensors)
-        if manifest.is_anchor:
-            self._last_anchor = version
+        self._previous = made
         stored = time.monotonic()
         head = Head(
             version=version,
@@ -144,15 +142,17 @@ class Publisher:
         )
         return head
 
-    def _encode(self, version: int, tensors: Mapping[str, Tensor], folder: Path) -> Manifest:
+    def _encode(self, version: int, tensors: Mapping[str, Tensor], folder: Path) -> EncodedVersion:
+        previous = self._previous
         return encode_version(
             tensors,
-            folder,
             run=self._run,
             version=version,
             dtype=self._dtype,
-            base=self._base,
-            anchor=version - self._last_anchor >= self._anchor_every,
+            folder=folder,
+            previous=previous,
+            # The first of a process has nothing to start from, and is one too.
+            anchor_due=previous is None or previous.deltas + 1 >= self._anchor_every,
         )
 
     async def _write(self, manifest: Manifest, folder: Path) -> None:

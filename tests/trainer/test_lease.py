@@ -26,7 +26,7 @@ from support import running_redis
 
 from shared import coordination
 from shared.coordination import RedisCoordinator
-from shared.errors import CoordinationError, LeaseError, LeaseHeldError
+from shared.errors import CoordinationError, LeaseError, LeaseHeldError, WeightsError
 from shared.fleet import Head
 from trainer.lease import Lease, hold
 
@@ -51,19 +51,12 @@ def head(version: int, digest: str = "m") -> Head:
     return Head(version=version, manifest_digest=digest, weights_digest="w", store="file:///s")
 
 
-class Said:
-    """What a lease told its user, and how to wait for it."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-        self._more = asyncio.Condition()
-
-    def __call__(self, text: str) -> None:
-        self.lines.append(text)
+def nothing(text: str) -> None:
+    pass
 
 
-def holding(redis: RedisCoordinator, stored: int = -1, said: Any = None) -> Any:
-    return hold(redis, lambda: stored, redis.keys.run, said or Said())
+def holding(redis: RedisCoordinator, stored: int = -1, said: Any = nothing) -> Any:
+    return hold(redis, lambda: stored, redis.keys.run, said)
 
 
 class Trainer:
@@ -125,11 +118,11 @@ async def test_a_second_trainer_is_refused(redis: RedisCoordinator, trainer: Tra
 
 async def test_a_killed_trainer_is_waited_for(redis: RedisCoordinator, trainer: Trainer) -> None:
     trainer.process.kill()
-    said = Said()
-    async with asyncio.timeout(2 * LEASE_S), holding(redis, said=said) as lease:
+    said: list[str] = []
+    async with asyncio.timeout(2 * LEASE_S), holding(redis, said=said.append) as lease:
         lease.begin(4)
         await lease.announce(head(4))
-    (line,) = said.lines
+    (line,) = said
     assert f":{trainer.process.pid}:" in line
     assert "waiting up to" in line
 
@@ -203,7 +196,7 @@ async def test_versions_of_another_trainer_end_the_run(redis: RedisCoordinator, 
     stored = [3]
 
     async def run() -> None:
-        async with hold(redis, lambda: stored[0], redis.keys.run, Said()) as lease:
+        async with hold(redis, lambda: stored[0], redis.keys.run, nothing) as lease:
             lease.begin(3)
             await lease.announce(head(3))
             await redis._redis.delete(redis.keys.lease, redis.keys.head)
@@ -221,7 +214,7 @@ async def test_versions_of_another_trainer_end_the_run(redis: RedisCoordinator, 
 async def test_of_two_that_want_it_back_the_newest_gets_it(redis: RedisCoordinator) -> None:
     """The one that was overtaken, being quicker after Redis was emptied, hands it on."""
     run = redis.keys.run
-    behind = Lease(redis, lambda: 4, run, Said())
+    behind = Lease(redis, lambda: 4, run, nothing)
     behind.begin(3)
     async with holding(redis, stored=4) as ahead:
         await redis._redis.delete(redis.keys.lease)
@@ -233,15 +226,15 @@ async def test_of_two_that_want_it_back_the_newest_gets_it(redis: RedisCoordinat
 async def test_redis_away_is_waited_for() -> None:
     with running_redis() as server:
         redis = RedisCoordinator(server.url, "run")
-        said = Said()
-        async with holding(redis, said=said) as lease:
+        said: list[str] = []
+        async with holding(redis, said=said.append) as lease:
             lease.begin(3)
             await lease.announce(head(3))
             server.kill()
             with pytest.raises(CoordinationError, match="does not answer"):
                 await lease.announce(head(4))
             async with asyncio.timeout(BOUND_S):
-                while not any("publishing waits" in line for line in said.lines):
+                while not any("publishing waits" in line for line in said):
                     await asyncio.sleep(0.01)
             server.start()
             async with asyncio.timeout(BOUND_S):
@@ -250,6 +243,18 @@ async def test_redis_away_is_waited_for() -> None:
             lease.begin(4)
             await lease.announce(head(4))
         await redis.close()
+
+
+async def test_a_store_that_is_away_at_the_start_is_one_clear_error(
+    redis: RedisCoordinator,
+) -> None:
+    def away() -> int:
+        raise OSError("Connection refused")
+
+    with pytest.raises(WeightsError, match=r"weight store.*Connection refused"):
+        async with hold(redis, away, redis.keys.run, nothing):
+            raise AssertionError
+    assert not await redis._redis.exists(redis.keys.lease)
 
 
 async def test_what_is_given_back_is_not_taken_again(redis: RedisCoordinator) -> None:

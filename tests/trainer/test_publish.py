@@ -7,13 +7,20 @@
 5. No number is used twice: of what was begun, announced, held or checkpointed, the next is above all.
 6. Of two publishers of one version, one succeeds, and the version is whole and that one's.
 7. Cancelled on the way, it leaves no manifest.
-8. What no live server needs is collected, with what dead publishes left.
+8. The first version of a process is an anchor, and then every K-th; those between are deltas against the version
+   before, in a chain from anchor to newest that gives the trainer's very bytes.
+9. What no live server needs is collected, with what dead publishes left.
 """
 
 import asyncio
 import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +29,20 @@ import torch
 from support import running_redis
 from torch import Tensor
 
+from shared.chain import Chain, Held, write_full
 from shared.coordination import RedisCoordinator
+from shared.digests import sha256
 from shared.errors import CoordinationError, LeaseError, WeightsError
 from shared.fleet import Head, ServerRecord, ServerState
 from shared.manifest import Manifest
-from shared.shards import verify_tensors
+from shared.shards import tensor_entries, verify_tensors
 from shared.store import FsspecStore
 from trainer.collection import Collector, superseded
 from trainer.lease import hold
 from trainer.publish import Publisher
 
 BOUND_S = 20.0
+SHORT_LEASE_S = 1.0
 Hook = Callable[[str], None]
 
 
@@ -164,6 +174,63 @@ async def test_an_overtaken_trainer_announces_nothing(
         await train()
     assert await redis.head() == other[0]
     assert store.versions() == ([6] if stage == "files" else [6, 7])
+
+
+@pytest.fixture
+def process(redis: RedisCoordinator, redis_url: str, store: Store) -> Iterator[Any]:
+    """A trainer in a process of its own, which publishes version 7; see `publisher_process.py`."""
+    script = Path(__file__).with_name("publisher_process.py")
+    arguments = [redis_url, redis.keys.run, str(SHORT_LEASE_S), str(store.folder.parent), "7"]
+    made = subprocess.Popen(
+        [sys.executable, str(script), *arguments],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(script.parents[2])},
+    )  # fmt: skip
+    yield made
+    made.kill()
+    made.wait()
+    for pipe in (made.stdin, made.stdout):
+        assert pipe is not None
+        pipe.close()
+
+
+async def says(process: Any) -> Any:
+    return json.loads(
+        await asyncio.wait_for(asyncio.to_thread(process.stdout.readline), 3 * BOUND_S)
+    )
+
+
+async def test_a_trainer_stopped_for_longer_than_its_lease_cannot_publish(
+    redis: RedisCoordinator, store: Store, process: Any
+) -> None:
+    assert await says(process) == "files"
+    process.send_signal(signal.SIGSTOP)
+    async with publishing(redis, store) as publisher:  # once the lease has run out
+        assert store.names(7)
+        assert "manifest.json" not in store.names(7)
+        assert await publisher.next_version() == 8
+        head = await publisher.publish(8, weights(8))
+    process.send_signal(signal.SIGCONT)
+    process.stdin.write("go on\n")
+    process.stdin.flush()
+    assert "version 8 is not of this one" in (await says(process))["ended"]
+    assert store.versions() == [8]
+    assert await redis.head() == head
+
+
+async def test_a_trainer_killed_in_the_middle_leaves_a_number_that_is_skipped(
+    redis: RedisCoordinator, store: Store, process: Any
+) -> None:
+    assert await says(process) == "files"
+    process.kill()
+    said: list[str] = []
+    async with publishing(redis, store, status=said.append) as publisher:
+        assert any("to see whether it lives" in line for line in said)
+        version = await publisher.next_version()
+        assert version == 8
+        await publisher.publish(version, weights(8))
+        await publisher.collect(version)
+        assert store.numbers() == store.versions() == [8]
 
 
 async def test_redis_emptied_between_two_versions(redis: RedisCoordinator, store: Store) -> None:
@@ -338,6 +405,88 @@ async def test_a_cancelled_publish_leaves_no_version(redis: RedisCoordinator, st
     assert store.versions() == store.numbers() == [1]
 
 
+def steps(count: int) -> list[dict[str, Tensor]]:
+    """Weights of which a few elements change from one version to the next."""
+    torch.manual_seed(0)
+    made = [{"a": torch.randn(256, 64).bfloat16(), "b": torch.randn(64).bfloat16()}]
+    for step in range(1, count):
+        tensors = {name: tensor.clone() for name, tensor in made[-1].items()}
+        tensors["a"][step, ::7] += 0.5
+        made.append(tensors)
+    return made
+
+
+async def test_anchors_and_the_deltas_between_them(
+    redis: RedisCoordinator, store: Store, tmp_path: Path
+) -> None:
+    snapshots = steps(8)
+    async with publishing(redis, store, anchor_every=3) as publisher:
+        for version in range(5):
+            await publisher.publish(version, snapshots[version])
+        reports = publisher.reports()
+    assert [store.manifest(version).is_anchor for version in range(5)] == [
+        True, False, False, True, False,
+    ]  # fmt: skip
+    assert [report.anchor for report in reports] == [True, False, False, True, False]
+    # The anchor is there for those that hold the version before as a delta too.
+    assert [store.manifest(v).delta and store.manifest(v).delta.base_version for v in range(5)] == [  # type: ignore[union-attr]
+        None, 0, 1, 2, 3,
+    ]  # fmt: skip
+    assert reports[0].delta_bytes is None
+    assert 0 < (reports[1].delta_bytes or 0) == reports[1].stored_bytes < reports[0].stored_bytes
+    assert reports[3].stored_bytes > reports[0].full_bytes + (reports[3].delta_bytes or 0)
+    # A trainer that came back has nothing to start from: an anchor, without a shortcut.
+    async with publishing(redis, store, anchor_every=3) as publisher:
+        version = await publisher.next_version()
+        await publisher.publish(version, snapshots[5])
+        await publisher.publish(version + 1, snapshots[6])
+    assert (version, store.manifest(5).delta) == (5, None)
+    assert not store.manifest(6).is_anchor
+    assert bytes_of(store, 0, 2, tmp_path) == digests(snapshots[2])
+    assert bytes_of(store, 3, 4, tmp_path) == digests(snapshots[4])
+    assert bytes_of(store, 5, 6, tmp_path) == digests(snapshots[6])
+
+
+def digests(tensors: dict[str, Tensor]) -> dict[str, str]:
+    return {name: sha256(t.view(torch.int16).numpy().tobytes()) for name, t in tensors.items()}
+
+
+def bytes_of(store: Store, anchor: int, newest: int, scratch: Path) -> dict[str, str]:
+    """Hashes of a version's tensors, made from the files of its chain as a server would."""
+
+    def held(version: int) -> Held:
+        folder = scratch / f"{anchor}-{version}"
+        manifest = store.manifest(version)
+        store.fetch(manifest, folder)
+        return Held(manifest=manifest, folder=folder)
+
+    deltas = tuple(held(version) for version in range(anchor + 1, newest + 1))
+    made = write_full(Chain(anchor=held(anchor), deltas=deltas), scratch / f"full-{newest}")
+    return {entry.name: entry.sha256 for path in made for entry in tensor_entries(path)}
+
+
+async def test_a_version_that_was_not_stored_is_no_base(
+    redis: RedisCoordinator, store: Store
+) -> None:
+    """The next one builds on what is in the store."""
+    snapshots = steps(3)
+    async with publishing(redis, store, wait_s=0.1) as publisher:
+        await publisher.publish(0, snapshots[0])
+
+        def fail(stage: str) -> None:
+            if stage == "files":
+                raise OSError("away")
+
+        store.hook = fail
+        with pytest.raises(WeightsError, match="away"):
+            await publisher.publish(1, snapshots[1])
+        store.hook = lambda stage: None
+        await publisher.publish(2, snapshots[2])
+    delta = store.manifest(2).delta
+    assert delta is not None
+    assert delta.base_version == 0
+
+
 def anchors(*numbers: int, until: int) -> dict[int, bool]:
     return {version: version in numbers for version in range(until + 1)}
 
@@ -404,6 +553,23 @@ async def test_collection_waits_for_a_redis_that_is_away(store: Store) -> None:
             await publisher.collect(1)
             assert store.versions() == [1]
         await redis.close()
+
+
+async def test_a_manifest_that_could_not_be_read_is_read_again(
+    redis: RedisCoordinator, store: Store
+) -> None:
+    async with publishing(redis, store) as publisher:
+        for version in range(2):
+            await publisher.publish(version, weights(version))
+    collector = Collector(store=store, coordinator=redis, keep=1)
+    manifest = store.folder / "v000001" / "manifest.json"
+    sound = manifest.read_bytes()
+    manifest.write_text("{}")
+    await collector.collect(1)
+    assert store.versions() == [0, 1]
+    manifest.write_bytes(sound)
+    await collector.collect(1)
+    assert store.versions() == [1]
 
 
 async def test_a_damaged_manifest_is_no_anchor(redis: RedisCoordinator, store: Store) -> None:
