@@ -7,6 +7,9 @@ SPOKE_TEST_SIGNS and waits for `NAME.go` beside it. Nothing else of the server i
     apply          half of a version's tensors are in the engine, the other half are not
     taken          the engine has the version, nobody has been told
 
+    clock          the wall clock is as many seconds wrong as the file `offset` among the signs says, from one
+                   moment to the next; the monotonic clock is not, as when an administrator sets the time
+
 `second PLACE` lets the first update pass and stands in the second.
 """
 
@@ -16,6 +19,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from faults.clock import skew
 
 PLACES = [place for place in os.environ["SPOKE_TEST_FAULTS"].split(",") if place]
 PASSED: list[str] = []
@@ -41,6 +46,8 @@ def stand(place: str) -> None:
 
 def install() -> None:
     """Put `stand` into the server's own functions."""
+    if "clock" in PLACES:
+        skew(SIGNS)
     from server.engines import staging
     from server.taking import Taker
 

@@ -151,9 +151,7 @@ class Member:
 
     def wait_ready(self) -> None:
         def look() -> bool:
-            assert self.running, (
-                f"{self.name} ended:\n{self.log.read_text()[-3000:]}"
-            )
+            assert self.running, f"{self.name} ended:\n{self.log.read_text()[-3000:]}"
             return self.ready()
 
         until(look, f"{self.name} is ready", START_S)

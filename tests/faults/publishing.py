@@ -1,7 +1,7 @@
 """A trainer as far as the fleet can see one: it holds the lease and publishes version after version.
 
-It has the trainer's own `hold` and `Publisher`; only its weights come from a seeded generator and not of gradients, a
-few elements of each tensor moved by one step of their format, as small learning rates do. It says what it
+It has the trainer's own `hold` and `Publisher`; only its weights come from a seeded generator and not of
+gradients, a few elements of each tensor moved by one step of their format, as small learning rates do. It says what it
 announced, with digests of its own tensors; what it is told makes it go on:
 
     publish        the next version, waited for until it is announced
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from faults.clock import skew
 
 from shared.coordination import RedisCoordinator
 from shared.errors import SpokeError
@@ -101,7 +102,10 @@ def main(argv: list[str], orders: Any, words: Any) -> None:
         words: pipe that takes what happened.
     """
     WORDS.append(words)
-    asyncio.run(lead(arguments(argv), orders))
+    args = arguments(argv)
+    if args.skew:
+        skew(args.skew)
+    asyncio.run(lead(args, orders))
 
 
 def arguments(argv: list[str]) -> argparse.Namespace:
@@ -115,6 +119,7 @@ def arguments(argv: list[str]) -> argparse.Namespace:
     parse.add_argument("--keep", type=int, default=3)
     parse.add_argument("--wait", type=float, default=60)
     parse.add_argument("--die-at", default="")
+    parse.add_argument("--skew", type=Path, help="folder of `faulty_server`'s file `offset`")
     return parse.parse_args(argv)
 
 

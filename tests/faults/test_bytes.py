@@ -1,7 +1,7 @@
 """Bytes that are not what they should be, or find no room. A store on a real socket that lies as it is told.
 
-1. A flipped bit, a short file, a broken connection and a manifest that is not there are each found; the old weights
-   stay and serve, the fleet table says why, and the version is taken once its bytes are right.
+1. A flipped bit, a short file, a broken connection and a manifest that is not there are each found; the old
+   weights stay and serve, the fleet table says why, and the version is taken once its bytes are right.
 2. A store that stays wrong for one version does no harm to the next one.
 3. A full disk leaves the old weights serving; once there is room the newest version is taken.
 """

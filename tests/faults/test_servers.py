@@ -1,7 +1,7 @@
 """Servers that die or stand still inside an update. Real processes, a real Redis, real weights.
 
-1. A server killed while it decodes, while half of a version is written, or before it could tell anybody, comes back
-   with exactly the newest weights; the others go on meanwhile.
+1. A server killed while it decodes, while half of a version is written, or before it could tell anybody, comes
+   back with exactly the newest weights; the others go on meanwhile.
 2. A server that stands still there is dropped from the fleet table, costs nobody anything, and catches up when it
    goes on; a version that it missed is never served late.
 3. A server that joins behind fifteen deltas serves the newest version at once, of an anchor and what follows it.
