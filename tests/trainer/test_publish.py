@@ -42,7 +42,7 @@ from trainer.lease import hold
 from trainer.publish import Publisher
 
 BOUND_S = 20.0
-SHORT_LEASE_S = 1.0
+SHORT_LEASE_S = 1.5
 Hook = Callable[[str], None]
 
 

@@ -39,16 +39,17 @@ def checkpoint_dtype(model: str) -> torch.dtype:
     return found if isinstance(found, torch.dtype) else torch.float32
 
 
+def _say(text: str) -> None:
+    Console(stderr=True).print(text, markup=False, highlight=False)
+
+
 async def _push(
     args: argparse.Namespace, tensors: dict[str, Tensor], dtype: str
 ) -> tuple[Head, list[ServerRecord]]:
     coordinator = RedisCoordinator(args.redis_url, args.run)
     try:
         store = FsspecStore(args.store, args.run)
-        console = Console(stderr=True)
-        holding = hold(
-            coordinator, lambda: max(store.versions(), default=-1), args.run, console.print
-        )
+        holding = hold(coordinator, lambda: max(store.versions(), default=-1), args.run, _say)
         async with holding as lease:
             publisher = Publisher(
                 store=store,
@@ -58,7 +59,7 @@ async def _push(
                 run=args.run,
                 dtype=dtype,
                 wait_s=args.wait,
-                status=console.print,
+                status=_say,
             )
             head = await publisher.publish(await publisher.next_version(), tensors)
             await wait_for_head(coordinator, head, min_servers=0, timeout_s=args.wait)
