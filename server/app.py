@@ -59,8 +59,6 @@ class Holder:
         """Weight versions on this server's disk, for its peers; None where it follows no run, or not yet."""
         self.openai: ASGIApp | None = None
         """The engine's OpenAI routes; None where it has none."""
-        self.holdings: Holdings | None = None
-        """Versions whose files this server has; None where it follows no run."""
         self.live: Live | None = None
         """Hashes the weights; None before the model is loaded."""
 

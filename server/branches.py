@@ -6,6 +6,9 @@ from dataclasses import dataclass, field
 from server.engines.base import Completion, spans
 from shared.tree import FinishReason, Role
 
+Path = tuple[int, ...]
+"""Sibling positions from the prompt down to a node."""
+
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Branch:

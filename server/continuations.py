@@ -23,6 +23,10 @@ class Counts:
     """Asked for."""
     sampled: int = 0
     """In continuations that ended."""
+    given_nodes: int = 0
+    """Not sampled here, because the request gave them."""
+    given_tokens: int = 0
+    """In these."""
     foreseen: int = 0
     """Expected of a tree's children that have not ended."""
     computed_prefill: int = 0
@@ -33,7 +37,9 @@ class Counts:
     @property
     def cost(self) -> Cost:
         """What the tree has come to."""
-        return Cost(nodes=self.continuations, tokens=self.sampled)
+        return Cost(
+            nodes=self.continuations + self.given_nodes, tokens=self.sampled + self.given_tokens
+        )
 
     def add(self, result: GenerateResult) -> None:
         """Count the prefill of one engine request."""

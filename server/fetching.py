@@ -75,7 +75,7 @@ class Fetcher:
         async with self._session(head) as session:
             steps = await plan(
                 await session.head(),
-                held=self._holds,
+                held=self.holdings.makes,
                 lowest=min(self.holdings.versions(), default=None),
                 manifest_of=session.base,
             )
@@ -86,10 +86,6 @@ class Fetcher:
             raise WeightsError(f"version {head.version} is not whole although it was fetched")
         self._bad.clear()
         return chain
-
-    def _holds(self, version: int, digest: str) -> bool:
-        chain = self.holdings.chain(version)
-        return chain is not None and chain.manifest.weights_digest == digest
 
     @contextlib.asynccontextmanager
     async def _session(self, head: Head) -> AsyncIterator["_Session"]:

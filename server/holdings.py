@@ -11,8 +11,9 @@ import os
 import shutil
 import threading
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 from shared.chain import Chain, Held
 from shared.errors import ConfigError, RoomError, WeightsError
@@ -28,6 +29,13 @@ class _Version:
     manifest: Manifest
     names: frozenset[str]
     """Of its files that are here and verified."""
+    digest: str
+    """Of its weights; to find it takes a hash of every tensor's."""
+
+    @classmethod
+    def of(cls, manifest: Manifest, names: Iterable[str]) -> Self:
+        """With the digest found."""
+        return cls(manifest=manifest, names=frozenset(names), digest=manifest.weights_digest)
 
     def has(self, files: Iterable[FileEntry]) -> bool:
         return self.names.issuperset(entry.name for entry in files)
@@ -84,7 +92,7 @@ class Holdings:
                 shutil.rmtree(folder, ignore_errors=True)
                 continue
             right = {e.name for e in _entries(manifest) if holds(folder / e.name, e)}
-            yield version, _Version(manifest=manifest, names=frozenset(right))
+            yield version, _Version.of(manifest, right)
 
     def versions(self) -> tuple[int, ...]:
         """Versions of which files are here and verified, ascending: `ServerRecord.serves_files`."""
@@ -101,19 +109,37 @@ class Holdings:
 
     def chain(self, version: int) -> Chain | None:
         """Anchor and deltas that make a version out of what is here; None where something is missing."""
-        deltas: list[Held] = []
+        found = self._way(version)
+        if found is None:
+            return None
+        links = [
+            Held(manifest=held.manifest, folder=self.folder_of(held.manifest.version))
+            for held in found
+        ]
+        try:
+            return Chain(anchor=links[0], deltas=tuple(links[1:]))
+        except WeightsError:  # its tensors are not those of its base: it needs an anchor
+            return None
+
+    def makes(self, version: int, digest: str) -> bool:
+        """Can the version with these weights be made out of what is here?"""
+        held = self._held.get(version)
+        return held is not None and held.digest == digest and self._way(version) is not None
+
+    def _way(self, version: int) -> list[_Version] | None:
+        """An anchor and the deltas that lead to a version."""
+        way: list[_Version] = []
         digest: str | None = None
         while True:
             held = self._held.get(version)
-            if held is None or digest not in (None, held.manifest.weights_digest):
+            if held is None or digest not in (None, held.digest):
                 return None
+            way.append(held)
             manifest, step = held.manifest, held.manifest.delta
-            here = Held(manifest=manifest, folder=self.folder_of(version))
             if manifest.is_anchor and held.has(manifest.files):
-                return Chain(anchor=here, deltas=tuple(reversed(deltas)))
+                return way[::-1]
             if step is None or not held.has(step.files):
                 return None
-            deltas.append(here)
             version, digest = step.base_version, step.base_digest
 
     def incoming(self, manifest: Manifest) -> Path:
@@ -121,7 +147,7 @@ class Holdings:
         version = manifest.version
         held = self._held.get(version)
         if held is not None and held.manifest.digest != manifest.digest:
-            self._drop(version)
+            self.forget(version)
         folder = self.folder_of(version)
         try:
             folder.mkdir(exist_ok=True)
@@ -141,8 +167,8 @@ class Holdings:
             held = self._held.get(manifest.version)
             if held is None:
                 self._write(manifest, folder)
-                held = _Version(manifest=manifest, names=frozenset())
-            grown = _Version(manifest=held.manifest, names=held.names | names)
+                held = _Version.of(manifest, ())
+            grown = replace(held, names=held.names | names)
             self._held = {**self._held, manifest.version: grown}
 
     def _write(self, manifest: Manifest, folder: Path) -> None:
@@ -198,14 +224,10 @@ class Holdings:
         for path in list(self._root.iterdir()):
             number = version_of(path.name)
             if number is not None and number < floor:
-                self._drop(number)
+                self.forget(number)
 
     def forget(self, version: int) -> None:
-        """Delete a version, so that it is fetched again: its bytes turned out to be wrong."""
-        self._drop(version)
-
-    def _drop(self, version: int) -> None:
-        """Delete a version, its manifest first."""
+        """Delete a version's files, so that they are fetched again: its manifest first."""
         with self._changing:
             self._held = {v: held for v, held in self._held.items() if v != version}
             folder = self.folder_of(version)

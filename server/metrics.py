@@ -34,6 +34,13 @@ class Metrics:
             ["outcome"],
         )
         self.sampled = counter("sampled_tokens", "Tokens sampled, of trees that ended well.")
+        self.given = counter(
+            "given_tokens",
+            "Tokens that requests gave and nobody sampled again, of trees that ended well.",
+        )
+        self.restarted = counter(
+            "restarted_trees", "New beginnings of trees that grew while other weights came."
+        )
         self.prefill = counter(
             "prefill_tokens",
             "Prompt tokens of engine requests: computed, or reused from the prefix cache.",

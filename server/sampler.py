@@ -8,18 +8,17 @@ child's prompt is its parent's prompt plus its parent's tokens.
 import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
-from server.branches import Branch
+from server.branches import Branch, Path
 from server.chain import sample_chain
 from server.continuations import Continuations
 from server.engines.base import Completion
+from server.given import Given, gaps
 from server.grading import Grading
 from server.seeds import node_seed, state_seed
 from shared.tree import FinishReason
 from shared.wire import ChainPlan, GroupPlan, Plan, Savings, TreePlan
-
-Path = tuple[int, ...]
-"""Sibling positions from the prompt down to a node."""
 
 
 async def sample(
@@ -28,6 +27,7 @@ async def sample(
     *,
     savings: Savings | None = None,
     grading: Grading | None = None,
+    given: Given | None = None,
     on_branch: Callable[[Path, Branch], None] | None = None,
 ) -> Branch:
     """The root of what a plan asks for, grown to its leaves. Cancelling aborts every engine request.
@@ -37,7 +37,8 @@ async def sample(
         continuations: samples.
         savings: early decisions; None for none. Not for chains.
         grading: grades leaves while the tree grows; needed by savings that look at rewards.
-        on_branch: is told of each node when it is finished; of a chain's only when all are.
+        given: nodes that are there already; none for chains, probes and `branch_tokens`.
+        on_branch: is told of each node when it is finished, given ones too; of a chain's only when all are.
 
     Raises:
         RequestError: the prompt does not fit the engine, or the tree grew over its budget.
@@ -49,7 +50,7 @@ async def sample(
             root = await sample_chain(plan, continuations)
             _tell_all(root, tell)
             return root
-        growth = _Growth(plan, continuations, savings or Savings(), grading, tell)
+        growth = _Growth(plan, continuations, savings or Savings(), grading, given or {}, tell)
         if growth.savings.probe is not None:
             probed = await growth.probe(growth.savings.probe)
             if await growth.agrees(probed):
@@ -75,6 +76,7 @@ class _Growth:
         continuations: samples.
         savings: early decisions.
         grading: grades leaves where savings ask for it.
+        given: nodes that are there already.
         tell: is told of each node when it is finished.
     """
 
@@ -82,6 +84,7 @@ class _Growth:
     continuations: Continuations
     savings: Savings
     grading: Grading | None
+    given: Given
     tell: Callable[[Path, Branch], None]
 
     @property
@@ -99,7 +102,9 @@ class _Growth:
         await self._children(node, path, 0, first_round, limit)
         if first_round == children:
             return
-        if await self.agrees(node):
+        # Where later children are given, the attempt before this one has decided to go on.
+        decided = any((*path, at) in self.given for at in range(first_round, children))
+        if not decided and await self.agrees(node):
             self.continuations.counts.decisions += 1
         else:
             await self._children(node, path, first_round, children - first_round, limit)
@@ -121,34 +126,48 @@ class _Growth:
         return not any(g.error for g in graded) and len({g.reward for g in graded}) == 1
 
     async def _children(self, node: Branch, path: Path, first: int, count: int, limit: int) -> None:
-        """Sample children `first` to `first + count - 1` and grow all below them."""
+        """Sample children `first` to `first + count - 1` where they are not given, and grow all below them."""
         ended: asyncio.Queue[tuple[int, Completion]] = asyncio.Queue()
         grown: dict[int, Branch] = {}
         counts, share = self.continuations.counts, self._foreseen(limit)
         counts.foreseen += count * share
+        given = self._given(path, first, count)
+        for at, completion in given.items():
+            ended.put_nowait((at, completion))
         async with asyncio.TaskGroup() as group:
-            group.create_task(
-                self.continuations.after(
-                    node.response,
-                    count,
-                    seed=node_seed(self.continuations.seed, path) + first,
-                    limit=limit,
-                    on_completion=lambda sample, done: ended.put_nowait((sample, done)),
-                    priority=-len(path),
+            for start, samples in gaps(first, count, set(given)):
+                group.create_task(
+                    self.continuations.after(
+                        node.response,
+                        samples,
+                        seed=node_seed(self.continuations.seed, path) + start,
+                        limit=limit,
+                        on_completion=partial(_put, ended, start),
+                        priority=-len(path),
+                    )
                 )
-            )
             for _ in range(count):
-                sample, completion = await ended.get()
+                at, completion = await ended.get()
                 counts.foreseen -= share
                 child = Branch(
                     completion=completion, response=(*node.response, *completion.token_ids)
                 )
-                grown[sample] = child
-                below = (*path, first + sample)
+                grown[at] = child
+                below = (*path, at)
                 self.tell(below, child)
-                if len(below) < len(self.factors) and self._is_live(child, limit):
+                # Another server's segments may be of another length, where ends are moved.
+                whole = len(completion.token_ids) if at in given else limit
+                if len(below) < len(self.factors) and self._is_live(child, whole):
                     group.create_task(self.expand(child, below))
-        node.children.extend(grown[sample] for sample in range(count))
+        node.children.extend(grown[at] for at in range(first, first + count))
+
+    def _given(self, path: Path, first: int, count: int) -> dict[int, Completion]:
+        """Children of a node that are there already, by position; they are counted."""
+        places = range(first, first + count) if self.given else ()
+        given = {at: self.given[*path, at] for at in places if (*path, at) in self.given}
+        self.continuations.counts.given_nodes += len(given)
+        self.continuations.counts.given_tokens += sum(len(c.token_ids) for c in given.values())
+        return given
 
     def _is_over_budget(self, children: int, limit: int) -> bool:
         """Would so many more children take the tree over its tokens, with all that it has asked for?
@@ -193,6 +212,13 @@ class _Growth:
             and continuations.left(child.response) > 0
             and len(continuations.prompt) + len(child.response) < context
         )
+
+
+def _put(
+    ended: asyncio.Queue[tuple[int, Completion]], start: int, sample: int, done: Completion
+) -> None:
+    """A continuation that has ended, by its position among its siblings."""
+    ended.put_nowait((start + sample, done))
 
 
 def _nobody(path: Path, branch: Branch) -> None:

@@ -10,23 +10,25 @@ import contextlib
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from server.admission import Admitted, Gate
 from server.answer import wire_nodes
-from server.branches import Branch
-from server.continuations import Continuations
+from server.branches import Branch, Path
+from server.continuations import Continuations, Counts
 from server.costs import Cost, expected, most, over_budget
 from server.details import unquoted
 from server.engines.base import Engine
+from server.given import check_given, usable
 from server.grading import Grading
 from server.idempotency import OnlyOnce
 from server.metrics import Metrics
 from server.prompts import prompt_ids
 from server.respond import OFF_LOOP_TOKENS
+from server.restarts import Restarts
 from server.rewards.pool import RewardPool
-from server.sampler import Path, sample
+from server.sampler import sample
 from server.status import Status
 from server.tokens import Tokens
 from shared.digests import sha256
@@ -42,8 +44,6 @@ from shared.wire import (
     WeightVersions,
 )
 
-Tell = Callable[[Path, Branch], None]
-"""Is told of each node when it is finished: its sibling positions from the prompt, and the node."""
 TOKEN_BYTES = 72
 """Memory of one token of an answer that is kept: its id and logprob as Python objects in lists."""
 NODE_BYTES = 1000
@@ -58,6 +58,16 @@ def memory(tree: RolloutTreeResponse) -> int:
     return sum(
         NODE_BYTES + TOKEN_BYTES * len(node.token_ids) + len(node.text or "") for node in tree.nodes
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Teller:
+    """Is told how a tree grows."""
+
+    node: Callable[[Path, Branch], None]
+    """Of each node when it is finished: its sibling positions from the prompt, and the node."""
+    begun_anew: Callable[[int], None]
+    """Of each new beginning, with the weight version: nodes told of before are no part of the tree."""
 
 
 @dataclass(slots=True)
@@ -95,15 +105,19 @@ class RolloutService:
     _growing: set[asyncio.Task[RolloutTreeResponse]] = field(default_factory=set)
     _graders: dict[str, asyncio.Semaphore] = field(default_factory=dict)
     """By name of the reward: one that hangs holds up no other."""
+    _restarts: Restarts = field(default_factory=Restarts)
+
+    def __post_init__(self) -> None:
+        self.status.on_swap.append(self._restarts.swapped)
 
     async def rollout_tree(
-        self, request: RolloutTreeRequest, tell: Tell | None = None, *, caller: str = ""
+        self, request: RolloutTreeRequest, tell: Teller | None = None, *, caller: str = ""
     ) -> RolloutTreeResponse:
         """Sample and grade one tree. Cancelling aborts it, unless another caller waits for the same.
 
         Args:
             request: what is asked.
-            tell: is told of nodes as they finish; of none where the tree is already being made for another caller.
+            tell: is told how the tree grows; of nothing where it is already being made for another caller.
             caller: whose request ids are meant: another's are other trees.
 
         Raises:
@@ -118,7 +132,8 @@ class RolloutService:
             make = partial(self._grow, request, prompt, request_id, arrived, tell)
             if request.request_id is None:
                 return await make()
-            digest = sha256(request.model_dump_json().encode())
+            # Of what is asked for: given nodes are what another attempt has got of the same tree.
+            digest = sha256(request.model_dump_json(exclude={"given"}).encode())
             if (caller, request_id) in self._once:  # asked for only now: two may come at one moment
                 ended.well = "repeated"
             return await self._once.get(request_id, digest, make, caller)
@@ -158,6 +173,7 @@ class RolloutService:
                 status=409,
             )
         prompt = await prompt_ids(request, self.tokens, self.engine.info)
+        check_given(request, len(prompt), self.engine.info)
         cost = self._cost(request, prompt, most)
         if not cost.within(self.budget):
             raise over_budget(cost, self.budget)
@@ -185,7 +201,7 @@ class RolloutService:
         prompt: tuple[int, ...],
         request_id: str,
         arrived: float,
-        tell: Tell | None,
+        tell: Teller | None,
     ) -> RolloutTreeResponse:
         """The tree, in a task of its own, which `hand_back` may end."""
         task = asyncio.ensure_future(self._made(request, prompt, request_id, arrived, tell))
@@ -217,7 +233,7 @@ class RolloutService:
         prompt: tuple[int, ...],
         request_id: str,
         arrived: float,
-        tell: Tell | None,
+        tell: Teller | None,
     ) -> RolloutTreeResponse:
         seed = request.sampling.seed
         continuations = Continuations(
@@ -234,12 +250,8 @@ class RolloutService:
             if self.status.state is ServerState.STALE:  # while it waited in line
                 self.status.check()
             started = time.monotonic()
-            root = await sample(
-                request.plan,
-                continuations,
-                savings=request.savings,
-                grading=grading,
-                on_branch=self._first_node(arrived, tell),
+            root, continuations = await self._sampled(
+                request, continuations, grading, arrived, tell
             )
             sampled = time.monotonic()
             admitted.came_to = continuations.counts.cost
@@ -256,10 +268,42 @@ class RolloutService:
             reward_s=time.monotonic() - sampled,
         )
         answer = partial(self._answer, request, request_id, root, grading, continuations, timing)
-        large = continuations.counts.sampled >= OFF_LOOP_TOKENS
+        large = continuations.counts.cost.tokens >= OFF_LOOP_TOKENS
         tree = await asyncio.to_thread(answer) if large else answer()
         self._count(tree, arrived, continuations.counts.decisions)
         return tree
+
+    async def _sampled(
+        self,
+        request: RolloutTreeRequest,
+        continuations: Continuations,
+        grading: Grading,
+        arrived: float,
+        tell: Teller | None,
+    ) -> tuple[Branch, Continuations]:
+        """The root of the tree and what it cost, once it is grown with the weights that the request wants."""
+        own, on_branch = continuations, self._first_node(arrived, tell)
+
+        async def grow() -> Branch:
+            nonlocal own
+            own = replace(continuations, counts=Counts())
+            return await sample(
+                request.plan,
+                own,
+                savings=request.savings,
+                grading=grading,
+                given=usable(request, self.engine.version),
+                on_branch=on_branch,
+            )
+
+        def begun_anew() -> None:
+            self.metrics.restarted.inc()
+            if tell is not None:
+                tell.begun_anew(self.engine.version)
+
+        if request.in_flight == "restart":
+            return await self._restarts.newest(grow, begun_anew), own
+        return await grow(), own
 
     def _graders_of(self, request: RolloutTreeRequest) -> asyncio.Semaphore:
         """Counts the trees of the request's reward that are graded; `_checked` knows the name."""
@@ -288,6 +332,7 @@ class RolloutService:
             usage=Usage(
                 prompt_tokens=len(prompt),
                 sampled_tokens=counts.sampled,
+                given_tokens=counts.given_tokens,
                 computed_prefill_tokens=counts.computed_prefill,
                 cached_tokens=counts.cached,
             ),
@@ -298,7 +343,7 @@ class RolloutService:
             return tree
         return tree.with_values(chain=isinstance(request.plan, ChainPlan))
 
-    def _first_node(self, arrived: float, tell: Tell | None) -> Tell:
+    def _first_node(self, arrived: float, tell: Teller | None) -> Callable[[Path, Branch], None]:
         """Note when the first node is there, and pass all on."""
         waiting = True
 
@@ -308,7 +353,7 @@ class RolloutService:
                 waiting = False
                 self.metrics.first_node_s.observe(time.monotonic() - arrived)
             if tell is not None:
-                tell(path, branch)
+                tell.node(path, branch)
 
         return told
 
@@ -316,6 +361,7 @@ class RolloutService:
         usage, metrics = tree.usage, self.metrics
         self.status.sampled_tokens += usage.sampled_tokens
         metrics.sampled.inc(usage.sampled_tokens)
+        metrics.given.inc(usage.given_tokens)
         if decisions:
             metrics.saved.inc()
         metrics.prefill.labels("computed").inc(usage.computed_prefill_tokens)

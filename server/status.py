@@ -2,10 +2,10 @@
 
 import asyncio
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
-from server.states import Event, Standing, after
+from server.states import Event, Standing, Took, after
 from shared.errors import BusyError
 from shared.fleet import ServerState
 from shared.manifest import Manifest
@@ -57,11 +57,16 @@ class Status:
     in_flight: int = 0
     """Requests being answered."""
     sampled_tokens: int = 0
+    on_swap: list[Callable[[], object]] = field(default_factory=list)
+    """Are called, on the event loop, whenever the engine has taken other weights."""
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
 
     def note(self, event: Event) -> None:
         """Let an event change where the server stands."""
         self.standing = after(self.standing, event)
+        if isinstance(event, Took):
+            for tell in self.on_swap:
+                tell()
 
     @property
     def state(self) -> ServerState:

@@ -7,24 +7,25 @@ an error's line. A reader that is slow holds up nobody: its lines wait, at most 
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, AsyncIterator
 
+import zstandard
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from server.answer import branch_line
 from server.auth import caller
-from server.branches import Branch
+from server.branches import Branch, Path
 from server.connection import while_connected
 from server.details import for_caller
-from server.sampler import Path
-from server.service import RolloutService
+from server.service import RolloutService, Teller
 from server.status import Status
-from shared.codec import MediaType
+from shared.codec import MediaType, wants_zstd
 from shared.errors import BusyError, RequestError, SpokeError
-from shared.stream import ErrorLine, dump, node_keys, node_line, tree_line
+from shared.stream import ErrorLine, RestartLine, dump, node_keys, node_line, tree_line
 from shared.wire import Problem, RolloutTreeRequest, RolloutTreeResponse
+from shared.zstd import LEVEL
 
 log = logging.getLogger("spoke.server")
 
@@ -47,8 +48,15 @@ async def node_stream(
         sent.add(line.key)
         lines.put_nowait(dump(line))
 
+    def begun_anew(version: int) -> None:
+        while not lines.empty():
+            lines.get_nowait()  # nobody has read them, and nobody needs to
+        sent.clear()
+        lines.put_nowait(dump(RestartLine(version=version)))
+
     async def whole() -> RolloutTreeResponse:
-        return for_caller(request, await service.rollout_tree(body, tell, caller=caller(request)))
+        tree = await service.rollout_tree(body, Teller(tell, begun_anew), caller=caller(request))
+        return for_caller(request, tree)
 
     tree = asyncio.ensure_future(whole())
     tree.add_done_callback(lambda _: lines.put_nowait(None))  # behind the last node
@@ -60,7 +68,9 @@ async def node_stream(
         tree.cancel()
         await asyncio.gather(tree, return_exceptions=True)
         raise
-    return _TreeStream(service.status, tree, _lines(first, lines, tree, sent, body.request_id))
+    zstd = wants_zstd(", ".join(request.headers.getlist("accept-encoding")))
+    answer = _lines(first, lines, tree, sent, body.request_id)
+    return _TreeStream(service.status, tree, answer, zstd)
 
 
 class _TreeStream(StreamingResponse):
@@ -75,8 +85,13 @@ class _TreeStream(StreamingResponse):
         status: Status,
         tree: "asyncio.Future[RolloutTreeResponse]",
         lines: AsyncGenerator[str, None],
+        zstd: bool,
     ) -> None:
-        super().__init__(lines, media_type=MediaType.NDJSON, headers={"Vary": "Accept"})
+        headers = {"Vary": "Accept, Accept-Encoding"} | (
+            {"Content-Encoding": "zstd"} if zstd else {}
+        )
+        self._pieces = compressed(lines) if zstd else None
+        super().__init__(self._pieces or lines, media_type=MediaType.NDJSON, headers=headers)
         self._tree = tree
         self._lines = lines
         # From here on: between its handler's end and its first line no drain may think that nobody is answered.
@@ -91,7 +106,17 @@ class _TreeStream(StreamingResponse):
             finally:
                 self._tree.cancel()
                 await asyncio.gather(self._tree, return_exceptions=True)
+                if self._pieces is not None:
+                    await self._pieces.aclose()
                 await self._lines.aclose()
+
+
+async def compressed(pieces: AsyncIterator[str]) -> AsyncGenerator[bytes, None]:
+    """One zstd frame, of which every piece can be read as soon as it is there."""
+    frame = zstandard.ZstdCompressor(level=LEVEL).compressobj()
+    async for piece in pieces:
+        yield frame.compress(piece.encode()) + frame.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+    yield frame.flush()
 
 
 async def _lines(
@@ -101,11 +126,15 @@ async def _lines(
     sent: set[str],
     request_id: str | None,
 ) -> AsyncGenerator[str, None]:
-    """The lines: those that come until None does, and the end."""
+    """The lines: those that come until None does, and the end. What is there at one moment goes in one piece."""
     line = first
     while line is not None:
-        yield line
-        line = await lines.get()
+        piece = [line]
+        while not lines.empty() and (line := lines.get_nowait()) is not None:
+            piece.append(line)
+        yield "".join(piece)
+        if line is not None:
+            line = await lines.get()
     yield _end(tree, sent, request_id)
 
 

@@ -18,12 +18,11 @@ from numpy.typing import NDArray
 
 from shared.delta import Indices, Patch, decode, index_type
 from shared.delta_file import DeltaFiles
-from shared.digests import sha256
 from shared.errors import WeightsError
 from shared.manifest import DeltaEntry, FileEntry, Manifest, TensorEntry
 from shared.patch_file import PatchWriter
 from shared.shards import ShardWriter, canonical_order
-from shared.tensor_files import TensorFiles, TensorInfo
+from shared.tensor_files import TensorFiles, TensorInfo, sha256_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +173,7 @@ def _tensors(chain: Chain, since: int) -> Iterator[tuple[TensorInfo, NDArray[Any
                 patch.write_into(bits)
                 if number >= since:
                     changed.append(patch.indices)
-            if _sha256(bits) != entries[info.name].sha256:
+            if sha256_of(bits) != entries[info.name].sha256:
                 raise _first_wrong(chain, anchor, deltas, info)
             yield info, bits, _union(changed, info.elements)
 
@@ -213,12 +212,12 @@ def _first_wrong(
 ) -> WeightsError:
     """Which version went wrong, once the newest is known to be."""
     bits = anchor.bits(info.name).copy()
-    if _sha256(bits) != _entry(chain.anchor.manifest, info.name).sha256:
+    if sha256_of(bits) != _entry(chain.anchor.manifest, info.name).sha256:
         return _wrong(chain.anchor.manifest.version, info.name)
     for held, (version, files) in zip(chain.deltas, deltas, strict=True):
         if blob := files.blob(info.name):
             _decode(blob, bits, version, info.name).write_into(bits)
-        if _sha256(bits) != _entry(held.manifest, info.name).sha256:
+        if sha256_of(bits) != _entry(held.manifest, info.name).sha256:
             return _wrong(version, info.name)
     raise AssertionError("a tensor that was wrong is right when it is computed again")
 
@@ -232,10 +231,6 @@ def _union(changed: list[Indices], elements: int) -> Indices:
         return changed[0]
     kind = index_type(elements)
     return np.unique(np.concatenate(changed)) if changed else np.empty(0, kind)
-
-
-def _sha256(bits: NDArray[Any]) -> str:
-    return sha256(bits.view(np.uint8).data)
 
 
 def _step(manifest: Manifest) -> DeltaEntry:

@@ -19,7 +19,7 @@ import httpx
 
 from shared.errors import ConfigError, RoomError, WeightsError
 from shared.manifest import FileEntry, Manifest, check_run_name
-from shared.receiving import StoppedError, receive, receive_all
+from shared.receiving import Stop, StoppedError, receive, receive_all
 from shared.retry_after import retry_after_s
 from shared.store import MANIFEST, MANIFEST_BYTES, version_folder
 from shared.store_url import VARIABLE, check_http
@@ -101,7 +101,7 @@ class HttpStore:
             return bytes(data)
 
         try:
-            data = self._with_tries(read, threading.Event())
+            data = self._with_tries(read, Stop(None))
         except WeightsError as error:
             raise WeightsError(
                 f"version {version} of run {self._run} has no readable manifest at {self.url}: {error}"
@@ -117,7 +117,7 @@ class HttpStore:
         stop: threading.Event | None = None,
     ) -> tuple[Path, ...]:
         """See `WeightReader.fetch`."""
-        version, ended = manifest.version, stop or threading.Event()
+        version, ended = manifest.version, Stop(stop)
 
         def opened(
             entry: FileEntry, offset: int
@@ -136,7 +136,7 @@ class HttpStore:
 
         return receive_all(manifest.files if files is None else files, one, ended)
 
-    def _with_tries(self, call: Callable[[], T], stop: threading.Event) -> T:
+    def _with_tries(self, call: Callable[[], T], stop: Stop) -> T:
         """The result of a call that is tried again where that may help."""
         for left in reversed(range(self._tries)):
             try:

@@ -40,9 +40,32 @@ class StoppedError(WeightsError):
     """Whoever wanted the file wants it no more."""
 
 
-def receive(
-    entry: FileEntry, folder: Path, opened: Opener, stop: threading.Event | None = None
-) -> Path:
+class Stop:
+    """Ends one fetch: because its caller said so, or because one of its files failed.
+
+    Args:
+        outer: the caller's; never set here, since its caller may go on with another source.
+    """
+
+    def __init__(self, outer: threading.Event | None) -> None:
+        self._own = threading.Event()
+        self._outer = outer or self._own
+
+    def set(self) -> None:
+        """End this fetch."""
+        self._own.set()
+
+    def is_set(self) -> bool:
+        """Is it to end?"""
+        return self._own.is_set() or self._outer.is_set()
+
+    def wait(self, pause_s: float) -> bool:
+        """Pause, seconds, unless the caller ends it; is it to end?"""
+        self._outer.wait(pause_s)
+        return self.is_set()
+
+
+def receive(entry: FileEntry, folder: Path, opened: Opener, stop: Stop | None = None) -> Path:
     """Bring one file into a folder.
 
     Args:
@@ -74,7 +97,7 @@ def receive(
 
 
 def receive_all(
-    files: Sequence[FileEntry], receive_one: Callable[[FileEntry], Path], stop: threading.Event
+    files: Sequence[FileEntry], receive_one: Callable[[FileEntry], Path], stop: Stop
 ) -> tuple[Path, ...]:
     """Bring in files, a few at a time; after the first that fails no other is begun.
 
@@ -159,7 +182,7 @@ def _room(entry: FileEntry, part: Path) -> Iterator[None]:
         ) from None
 
 
-def _fill(entry: FileEntry, stream: BinaryIO, opened: Opener, stop: threading.Event | None) -> bool:
+def _fill(entry: FileEntry, stream: BinaryIO, opened: Opener, stop: Stop | None) -> bool:
     """Write what is missing at the end of the part; True where something was there before."""
     at = stream.seek(0, os.SEEK_END)
     if at > entry.size:

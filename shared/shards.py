@@ -5,10 +5,6 @@ order they come to know of them. A server that rebuilt an anchor from deltas has
 published, and may hand them on.
 """
 
-import hashlib
-import json
-import mmap
-import struct
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,7 +18,7 @@ from shared.content_file import ContentFile
 from shared.digests import file_sha256
 from shared.errors import WeightsError
 from shared.manifest import FileEntry, Manifest, TensorEntry
-from shared.tensor_files import TensorInfo, bits_type, header
+from shared.tensor_files import TensorFiles, TensorInfo, bits_type, header, sha256_of
 
 SHARD_BYTES = 2 << 30
 """Most bytes of one file's tensors, unless a single one is larger."""
@@ -130,38 +126,18 @@ def _steps(tensors: Sequence[TensorInfo]) -> Iterator[tuple[TensorInfo, list[Ten
 
 
 def tensor_entries(path: Path) -> list[TensorEntry]:
-    """The tensors of one safetensors file, hashed in place.
+    """The tensors of one safetensors file, by name, hashed in place.
 
     Raises:
         WeightsError: not a whole safetensors file.
     """
-    try:
-        with (
-            path.open("rb") as stream,
-            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as data,
-        ):
-            (length,) = struct.unpack_from("<Q", data)
-            if 8 + length > len(data):
-                raise ValueError("its header is cut short")
-            header = json.loads(data[8 : 8 + length])
-            header.pop("__metadata__", None)
-            return [
-                _entry(name, fields, data, 8 + length) for name, fields in sorted(header.items())
-            ]
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
-        raise WeightsError(f"{path.name} is not a whole safetensors file: {error}") from None
-
-
-def _entry(name: str, fields: dict[str, Any], data: mmap.mmap, offset: int) -> TensorEntry:
-    begin, end = fields["data_offsets"]
-    if not 0 <= begin <= end <= len(data) - offset:
-        raise ValueError(f"tensor {name} lies outside the file")
-    # Hashed through a view: a shard may be larger than the memory to spare.
-    with memoryview(data) as view:
-        digest = hashlib.sha256(view[offset + begin : offset + end]).hexdigest()
-    return TensorEntry.model_validate(
-        {"name": name, "dtype": fields["dtype"], "shape": fields["shape"], "sha256": digest}
-    )
+    with TensorFiles([path]) as files:
+        return [
+            TensorEntry(
+                name=name, dtype=info.dtype, shape=info.shape, sha256=sha256_of(files.bits(name))
+            )
+            for name, info in sorted(files.tensors.items())
+        ]
 
 
 def describe(paths: Iterable[Path], *, run: str, version: int, dtype: str) -> Manifest:

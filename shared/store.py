@@ -17,7 +17,7 @@ import fsspec
 from shared.digests import sha256_of
 from shared.errors import ConfigError, RoomError, WeightsError
 from shared.manifest import FileEntry, Manifest, check_run_name
-from shared.receiving import FULL, PIECE, Opener, receive, receive_all
+from shared.receiving import FULL, PIECE, Opener, Stop, receive, receive_all
 from shared.store_url import is_http, shown
 
 MANIFEST = "manifest.json"
@@ -288,7 +288,7 @@ class FsspecStore:
         stop: threading.Event | None = None,
     ) -> tuple[Path, ...]:
         """See `WeightReader.fetch`."""
-        version, ended = manifest.version, stop or threading.Event()
+        version, ended = manifest.version, Stop(stop)
 
         def one(entry: FileEntry) -> Path:
             try:

@@ -2,7 +2,7 @@
 
 A node's line may come before its parent's and knows no id yet, so it is named by a key: the positions among
 siblings that lead to it from the prompt, such as `0.2.1`. The last line is the tree's, with the keys in the order
-of their ids and what is known only at the end, or an error's.
+of their ids and what is known only at the end, or an error's. Where a tree is begun anew, a line says so.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,12 +12,20 @@ from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from shared.errors import TreeError
 from shared.tree import FinishReason, Node, Role
-from shared.wire import Problem, RolloutTreeResponse, Timing, Usage, WeightVersions, WireModel
+from shared.wire import (
+    KEY_PATTERN,
+    Problem,
+    RolloutTreeResponse,
+    Timing,
+    Usage,
+    WeightVersions,
+    WireModel,
+)
 
 Key = Annotated[
     str,
     Field(
-        pattern=r"^((0|[1-9][0-9]*)(\.(0|[1-9][0-9]*))*)?$",
+        pattern=KEY_PATTERN,
         description="Positions among siblings, from the prompt; the prompt's own key is empty.",
     ),
 ]
@@ -62,6 +70,13 @@ class TreeLine(WireModel):
         return self
 
 
+class RestartLine(WireModel):
+    """The tree is begun anew with other weights (`in_flight` is "restart"): forget all nodes before this line."""
+
+    kind: Literal["restart"] = "restart"
+    version: int = Field(ge=0, description="Weight version that it grows with now.")
+
+
 class ErrorLine(WireModel):
     """The last line where there will be no tree."""
 
@@ -69,7 +84,7 @@ class ErrorLine(WireModel):
     problem: Problem
 
 
-Line = NodeLine | TreeLine | ErrorLine
+Line = NodeLine | RestartLine | TreeLine | ErrorLine
 _LINES: TypeAdapter[Line] = TypeAdapter(Annotated[Line, Field(discriminator="kind")])
 
 
@@ -167,11 +182,11 @@ class Assembler:
         """Has the last line come? A stream that ends before has been cut off."""
         return self._ended
 
-    def feed(self, line: str | bytes) -> NodeLine | RolloutTreeResponse:
+    def feed(self, line: str | bytes) -> NodeLine | RestartLine | RolloutTreeResponse:
         """Take one line, with its end or without.
 
         Returns:
-            The node of a node's line; the whole tree of the last one.
+            The node of a node's line; the line where the tree is begun anew; the whole tree of the last one.
 
         Raises:
             RequestError: the line says that there will be no tree; `status` says whether another try may help.
@@ -186,6 +201,9 @@ class Assembler:
                     if parsed.key in self._nodes:
                         raise TreeError(f"node {parsed.key!r} came twice")
                     self._nodes[parsed.key] = parsed
+                    return parsed
+                case RestartLine():
+                    self._nodes.clear()
                     return parsed
                 case TreeLine():
                     self._ended = True

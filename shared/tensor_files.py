@@ -13,6 +13,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.digests import sha256
 from shared.errors import WeightsError
 
 _NAMES = {
@@ -57,6 +58,11 @@ class TensorInfo:
     def nbytes(self) -> int:
         """Bytes of its content."""
         return self.elements * bits_type(self.dtype).itemsize
+
+
+def sha256_of(bits: NDArray[Any]) -> str:
+    """Hexadecimal SHA-256 of a tensor's content."""
+    return sha256(bits.view(np.uint8).data)
 
 
 def header(tensors: Iterable[TensorInfo]) -> bytes:

@@ -6,7 +6,15 @@ Unknown fields are refused, so that a misspelt option never passes silently.
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from shared.errors import RequestError
 from shared.tree import RolloutTree
@@ -45,6 +53,9 @@ LONGEST_STOP = 200
 LONGEST_REFERENCE = 1 << 20
 """Characters of what a reward compares with: it goes out again with every batch of leaves."""
 Count = Annotated[int, Field(ge=1, le=MOST_TOKENS)]
+TokenId = Annotated[int, Field(ge=0, le=MOST_TOKENS)]
+KEY_PATTERN = r"^((0|[1-9][0-9]*)(\.(0|[1-9][0-9]*))*)?$"
+"""Of a node's key: positions among siblings, from the prompt, such as `0.2.1`; the prompt's own is empty."""
 
 
 class TreePlan(RequestModel):
@@ -235,6 +246,40 @@ class Message(RequestModel):
     content: str
 
 
+class GivenNode(RequestModel):
+    """A node that an earlier attempt at the same tree returned, as the line of its stream had it."""
+
+    key: str = Field(
+        min_length=1,
+        max_length=64,
+        pattern=KEY_PATTERN,
+        description="Positions among siblings, from the prompt.",
+    )
+    token_ids: list[TokenId] = Field(min_length=1, fail_fast=True)
+    logprobs: list[float] = Field(fail_fast=True, description="[T] one for each token.")
+    versions: list[
+        Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], Count], Strict(False)]
+    ] = Field(fail_fast=True, description="Spans [weight version, token count].")
+    finish_reason: Literal["stop", "length"]
+
+    @field_validator("logprobs")
+    @classmethod
+    def _one_for_each_token(cls, value: list[float], info: ValidationInfo) -> list[float]:
+        tokens = len(info.data.get("token_ids", value))
+        if len(value) != tokens:
+            raise ValueError(f"{len(value)} logprobs for {tokens} tokens")
+        return value
+
+    @field_validator("versions")
+    @classmethod
+    def _add_up(cls, value: list[tuple[int, int]], info: ValidationInfo) -> list[tuple[int, int]]:
+        spanned = sum(count for _, count in value)
+        tokens = len(info.data["token_ids"]) if "token_ids" in info.data else spanned
+        if spanned != tokens:
+            raise ValueError(f"its spans are of {spanned} tokens, and there are {tokens}")
+        return value
+
+
 def _exactly_one(**types: str) -> dict[str, Any]:
     """JSON schema: one of some properties is there and not null."""
     return {
@@ -257,15 +302,36 @@ class RolloutTreeRequest(RequestModel):
     messages: list[Message] | None = Field(
         default=None, min_length=1, max_length=MOST_MESSAGES, fail_fast=True
     )
-    prompt_token_ids: list[Annotated[int, Field(ge=0, le=MOST_TOKENS)]] | None = Field(
-        default=None, min_length=1, fail_fast=True
-    )
+    prompt_token_ids: list[TokenId] | None = Field(default=None, min_length=1, fail_fast=True)
     plan: Plan
     sampling: Sampling = Sampling()
     reward: Reward | None = Field(default=None, description="Without one, leaves carry no reward.")
     savings: Savings = Savings()
     min_weight_version: int = Field(default=0, ge=0, lt=2**63)
+    in_flight: Literal["continue", "restart"] = Field(
+        default="continue",
+        description="What becomes of a tree that grows while the server takes other weights: it goes on with "
+        "them, and `versions` says which token is whose; or it is begun anew with them.",
+    )
+    given: list[GivenNode] = Field(
+        default_factory=list,
+        fail_fast=True,
+        description="Nodes that another attempt returned before it failed: only what is missing is sampled. "
+        "Each with its parent, in any order. For plans tree and group, without savings.probe and "
+        "savings.branch_tokens.",
+    )
     return_text: bool = True
+
+    @property
+    def takes_given(self) -> bool:
+        """May the tree be grown on from nodes that another attempt returned?
+
+        A chain's nodes are told when all are there; a probe's take the places of the tree's; and where
+        `branch_tokens` ends the branching depends on the order in which nodes happened to end.
+        """
+        savings = self.savings
+        decided = savings.probe is not None or savings.branch_tokens is not None
+        return not isinstance(self.plan, ChainPlan) and not decided
 
     @model_validator(mode="after")
     def _one_prompt(self) -> Self:
@@ -291,6 +357,9 @@ class Usage(WireModel):
 
     prompt_tokens: int
     sampled_tokens: int
+    given_tokens: int = Field(
+        default=0, description="In nodes that the request gave, which were not sampled again."
+    )
     computed_prefill_tokens: int
     cached_tokens: int
 

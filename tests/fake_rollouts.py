@@ -62,6 +62,10 @@ class FakeServer:
     def ids(self) -> list[str]:
         return [body["request_id"] for body in self.bodies]
 
+    async def ready(self) -> Any:
+        """What it says at `/readyz`; a test may put something else in its place."""
+        return {"status": "ready"}
+
     async def stall(self) -> Any:
         """An answer that never comes; notes a caller that goes away."""
         try:
@@ -88,7 +92,7 @@ class FakeServer:
     def running(self) -> Iterator["FakeServer"]:
         app = FastAPI()
         app.add_api_route("/rollout_tree", self._answer, methods=["POST"], response_model=None)
-        app.add_api_route("/readyz", lambda: {"status": "ready"}, methods=["GET"])
+        app.add_api_route("/readyz", self.ready, methods=["GET"])
         app.add_api_route("/info", lambda: {"server_id": "fake"}, methods=["GET"])
         config = uvicorn.Config(app, port=self.port, log_level="critical", lifespan="off")
         server = uvicorn.Server(config)

@@ -18,10 +18,9 @@ from torch import Tensor
 
 from shared.delta import encode
 from shared.delta_file import write_delta
-from shared.digests import sha256
 from shared.manifest import DeltaEntry, Encoding, FileEntry, Manifest, TensorEntry
 from shared.shards import canonical_order, write_shards
-from shared.tensor_files import TensorInfo
+from shared.tensor_files import TensorInfo, sha256_of
 
 MOST_CHANGED = 0.25
 """Share of elements above which no delta is tried: it would take long, and save little."""
@@ -90,7 +89,7 @@ def encode_version(
         run: name of the run.
         version: higher than the version before.
         dtype: of the published tensors, for the manifest.
-        folder: takes the files, which are named after their content.
+        folder: takes the files; of this version alone.
         previous: the version before, as published; None where there is none, or its bytes are not at hand.
         anchor_due: write full shards even where a delta would do. Without it they are written when there is
             nothing to start from, when names, shapes or types changed, when the delta would be large
@@ -135,7 +134,7 @@ def bits_of(tensor: Tensor) -> NDArray[Any]:
 
 
 def _entry(info: TensorInfo, tensors: Mapping[str, Tensor]) -> TensorEntry:
-    digest = sha256(bits_of(tensors[info.name]).view(np.uint8).data)
+    digest = sha256_of(bits_of(tensors[info.name]))
     return TensorEntry(name=info.name, dtype=info.dtype, shape=info.shape, sha256=digest)
 
 

@@ -41,14 +41,24 @@ class Fleet:
         list_servers: the live servers.
         concurrency: most trees in flight.
         timeout_s: bound of one tree, all attempts together.
+        keep_nodes: a tree that moves to another server takes along what has finished; see `AsyncClient`.
     """
 
     def __init__(
-        self, list_servers: ListServers, *, concurrency: int = 64, timeout_s: float = 600.0
+        self,
+        list_servers: ListServers,
+        *,
+        concurrency: int = 64,
+        timeout_s: float = 600.0,
+        keep_nodes: bool = True,
     ) -> None:
         # No slack: training asks a question once with any weights, so its prefix is at no server yet.
         self._client = AsyncClient(
-            list_servers, concurrency=concurrency, timeout_s=timeout_s, affinity_slack=0
+            list_servers,
+            concurrency=concurrency,
+            timeout_s=timeout_s,
+            affinity_slack=0,
+            keep_nodes=keep_nodes,
         )
 
     async def close(self) -> None:

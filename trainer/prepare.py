@@ -113,6 +113,7 @@ async def connect(
             registered(coordinator),
             concurrency=settings.rollout.concurrency,
             timeout_s=settings.rollout.timeout_s,
+            keep_nodes=fleet_settings.keep_nodes,
         )
         stack.push_async_callback(fleet.close)
         publisher = Publisher(

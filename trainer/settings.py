@@ -223,6 +223,9 @@ class FleetSettings(Settings):
     """`HOST:PORT`: serve the store, which is a folder here, over HTTP; `SPOKE_STORE_TOKEN` is asked for."""
     advertise_store: str | None = None
     """URL of the store as servers reach it; None is `http://HOST:PORT` of `serve_at`, else `store`."""
+    keep_nodes: bool = True
+    """Take trees node by node, so that one whose server dies goes on at another with what has finished; off, it is
+    sampled anew there, and answers have about half of the bytes."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of the published weights."""
     min_servers: int = Field(default=1, ge=1)

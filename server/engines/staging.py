@@ -6,7 +6,6 @@ and what is about to be overwritten is kept. Writing then only moves memory, and
 A *slot* is the part of a model's memory that holds one checkpoint tensor.
 """
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from server.engines.memory import spare_bytes
 from server.engines.weight_files import Aliases, Patch, match_full, open_tensors, read_patches
+from shared.digests import sha256
 from shared.errors import WeightsError
 
 Slots = Mapping[str, Tensor]
@@ -104,7 +104,7 @@ class Exchange:
         rows = max(1, PIECE * len(mine) // max(mine.numel(), 1)) if mine.dim() else 1
         if not mine.dim():
             return [(mine, theirs)]
-        return list(zip(mine.split(rows), theirs.split(rows), strict=True))
+        return list(zip(torch.split(mine, rows), torch.split(theirs, rows), strict=True))
 
 
 @dataclass(frozen=True, slots=True)
@@ -249,6 +249,6 @@ def live_digests(
     found: dict[str, str] = {}
     for name, slot in slots.items():
         raw = slot.detach().to("cpu", dtype).contiguous().flatten().view(torch.uint8)
-        found[name] = hashlib.sha256(raw.numpy()).hexdigest()
+        found[name] = sha256(raw.numpy().data)
         step()
     return found

@@ -30,8 +30,9 @@ from server.engines.parameters import slots
 from server.engines.requests import check_request
 from server.engines.settings import EngineSettings
 from server.engines.staging import Change, live_digests, stage_full, stage_patch
+from server.engines.weight_files import naming
 from server.engines.worker import Worker
-from shared.errors import EngineError, NeedsFullError, WeightsError
+from shared.errors import EngineError, NeedsFullError
 
 P = ParamSpec("P")
 PROGRESS_S = 1.0
@@ -101,16 +102,17 @@ class TransformersEngine:
             EngineError: the engine failed.
         """
         async with self._loading:
-            began = time.perf_counter()
-            staged = await asyncio.to_thread(self._stage, weights)
-            stage_s = time.perf_counter() - began
+            with naming(weights.version):
+                began = time.perf_counter()
+                staged = await asyncio.to_thread(self._stage, weights)
+                stage_s = time.perf_counter() - began
 
-            def swap(batch: Batch) -> ApplyReport:
-                report = batch.swap(staged, weights.version)
-                self._version, self._digest = weights.version, weights.digest
-                return replace(report, stage_s=stage_s)
+                def swap(batch: Batch) -> ApplyReport:
+                    report = batch.swap(staged, weights.version)
+                    self._version, self._digest = weights.version, weights.digest
+                    return replace(report, stage_s=stage_s)
 
-            return await asyncio.wrap_future(self._worker.call(swap))
+                return await asyncio.wrap_future(self._worker.call(swap))
 
     async def live_digests(self, dtype: str) -> dict[str, str]:
         """SHA-256 of every parameter, by another thread while the model samples; see `Engine.live_digests`."""
@@ -121,14 +123,11 @@ class TransformersEngine:
     def _stage(self, weights: Weights) -> list[Change]:
         """Read and check; in any thread."""
         where = slots(self._network())
-        try:
-            if weights.base_digest is None:
-                return stage_full(*where, weights.files)
-            if weights.base_digest != self._digest:
-                raise NeedsFullError("the patch is for other weights than the engine's")
-            return stage_patch(*where, weights.files)
-        except WeightsError as error:
-            raise type(error)(f"version {weights.version}: {error}") from error
+        if weights.base_digest is None:
+            return stage_full(*where, weights.files)
+        if weights.base_digest != self._digest:
+            raise NeedsFullError("the patch is for other weights than the engine's")
+        return stage_patch(*where, weights.files)
 
     def _network(self) -> nn.Module:
         if self._model is None:

@@ -10,6 +10,9 @@ from shared.errors import EngineError, RequestError, SpokeError
 
 T = TypeVar("T")
 
+KILLED_SECONDS = 10.0
+"""How long a process that was killed may take to be gone."""
+
 
 class VllmProcess:
     """One vLLM, from its start to its end.
@@ -20,7 +23,7 @@ class VllmProcess:
 
     def __init__(self, llm: AsyncLLM) -> None:
         self._opened: AsyncLLM | None = llm
-        self._fault: asyncio.Future[EngineError] = asyncio.get_running_loop().create_future()
+        self._fault: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     @property
     def llm(self) -> AsyncLLM:
@@ -50,11 +53,9 @@ class VllmProcess:
         """
         task = asyncio.ensure_future(call)
         try:
-            await asyncio.wait(
-                {task, self._reader, self._fault}, return_when=asyncio.FIRST_COMPLETED
-            )
+            await asyncio.wait({task, *self._ends()}, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
-                raise self._end()
+                raise self._why()
             return task.result()
         finally:
             if not task.done():
@@ -64,13 +65,13 @@ class VllmProcess:
     def give_up(self, reason: str) -> EngineError:
         """Answer nothing from now on: the model's state is not known. Returns the error that all calls raise."""
         if not self._fault.done():
-            self._fault.set_result(EngineError(reason))
-        return self._fault.result()
+            self._fault.set_result(reason)
+        return self._why()
 
     async def died(self) -> EngineError:
         """Wait until vLLM's process is gone or given up; returns why."""
-        await asyncio.wait({self._reader, self._fault}, return_when=asyncio.FIRST_COMPLETED)
-        return self._end()
+        await asyncio.wait(self._ends(), return_when=asyncio.FIRST_COMPLETED)
+        return self._why()
 
     async def close(self) -> None:
         """End vLLM's process and its task on this loop. A second call does nothing."""
@@ -81,18 +82,27 @@ class VllmProcess:
         if llm.output_handler is not None:
             llm.output_handler.cancel()  # which ends what still waits for an answer
         context = llm.engine_core.resources.ctx
-        await asyncio.to_thread(llm.shutdown)
+        await asyncio.to_thread(_shut_down, llm)
         await asyncio.sleep(0)  # the closing of its sockets was put on this loop
         context.destroy(linger=0)  # ZeroMQ's threads, which vLLM leaves
 
-    @property
-    def _reader(self) -> asyncio.Task[None]:
+    def _ends(self) -> set[asyncio.Future[Any]]:
+        """What is done once vLLM answers no more."""
         reader = self.llm.output_handler  # ends with the process
         assert reader is not None, "vLLM reads its process from the first moment on this loop"
-        return reader
+        return {reader, self._fault}
 
-    def _end(self) -> EngineError:
-        return self._fault.result() if self._fault.done() else EngineError("vLLM's process is gone")
+    def _why(self) -> EngineError:
+        return EngineError(self._fault.result() if self._fault.done() else "vLLM's process is gone")
+
+
+def _shut_down(llm: AsyncLLM) -> None:
+    manager = llm.engine_core.resources.engine_manager
+    llm.shutdown()
+    for process in manager.processes if manager else ():
+        process.join(
+            KILLED_SECONDS
+        )  # vLLM kills one that takes longer than 5 s, and does not wait for its end
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 
 from server.engines.base import ApplyReport, Weights
 from server.engines.vllm_process import VllmProcess, our_errors
+from server.engines.weight_files import naming
 from shared.errors import EngineError, NeedsFullError, SpokeError, WeightsError
 
 SWAP_SECONDS = 30.0
@@ -84,31 +85,25 @@ class VllmWeights:
         async with self._turn:
             self._process.llm  # noqa: B018 - raises where the engine is closed
             began = time.perf_counter()
-            with our_errors():
+            with our_errors(), naming(weights.version):
                 size = await self._stage(weights)
                 stage_s = time.perf_counter() - began
                 pause_s, apply_s, fault = await self._paused(weights, size)
-            if fault is not None:
-                raise WeightsError(f"version {weights.version}: {fault}")
+                if fault is not None:
+                    raise WeightsError(fault)
             return ApplyReport(stage_s=stage_s, pause_s=pause_s, apply_s=apply_s)
 
     async def _stage(self, weights: Weights) -> int:
         """Read and check the files in the worker, while it samples; returns the bytes that writing will move."""
         is_patch = weights.base_digest is not None
-        try:
-            if self._path == "none":
-                raise WeightsError("vLLM stores this model in a form that cannot take new weights")
-            if is_patch and self._path != "slots":
-                raise NeedsFullError("vLLM loads this model by its own loader, from full sets only")
-            if is_patch and weights.base_digest != self.digest:
-                raise NeedsFullError(
-                    f"the patch is for weights {_short(weights.base_digest)}, "
-                    f"the engine holds {_short(self.digest)}"
-                )
-            files = [str(file) for file in weights.files]
-            return int(await self._job("spoke_stage", files, is_patch))
-        except WeightsError as error:
-            raise type(error)(f"version {weights.version}: {error}") from error
+        if self._path == "none":
+            raise WeightsError("vLLM stores this model in a form that cannot take new weights")
+        if is_patch and self._path != "slots":
+            raise NeedsFullError("vLLM loads this model by its own loader, from full sets only")
+        if is_patch and weights.base_digest != self.digest:
+            raise NeedsFullError("the patch is for other weights than the engine's")
+        files = [str(file) for file in weights.files]
+        return int(await self._job("spoke_stage", files, is_patch))
 
     async def _job(self, method: str, *args: object) -> Any:  # noqa: ANN401 - the job's result
         """The result of a job of the worker, which runs beside its decode steps.
@@ -190,7 +185,3 @@ class VllmWeights:
 def _label(version: int) -> str:
     """vLLM's name of a weight version."""
     return f"v{version}"
-
-
-def _short(digest: str | None) -> str:
-    return digest[:12] if digest else "of its checkpoint"

@@ -23,6 +23,15 @@ INDICES, VALUES = ".indices", ".values"
 
 
 @contextlib.contextmanager
+def naming(version: int) -> Iterator[None]:
+    """Name the version in what is wrong with its weights."""
+    try:
+        yield
+    except WeightsError as error:
+        raise type(error)(f"version {version}: {error}") from error
+
+
+@contextlib.contextmanager
 def open_tensors(files: Iterable[Path]) -> Iterator[dict[str, Any]]:
     """Every tensor of some safetensors files, name -> the open file that has it; all are open at once.
 

@@ -1,7 +1,8 @@
 """What an answer weighs in each form, and what it costs to make and to read.
 
-A 6-6-6 tree with 600-token segments (259 nodes, 154,860 tokens, with text) as JSON and as msgpack, plain and with
-zstd around it, on one thread. Three trees, since bytes depend on what is in them:
+A 6-6-6 tree with 600-token segments (259 nodes, 154,860 tokens, with text) as JSON, as msgpack and as a stream of
+lines (`shared/stream.py`), plain and with zstd around it, on one thread; a stream's lines can be read one by one.
+Three trees, since bytes depend on what is in them:
 
 - `tiny_math`: tokens, texts and logprobs as that model's engine sampled them in float32 (16 responses each to a
   few hundred questions, one after another, since none is 600 tokens long);
@@ -25,6 +26,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,6 +37,7 @@ sys.path.insert(0, str(ROOT))  # a program, not a package: it runs from any fold
 
 import msgpack  # noqa: E402 - after the path
 import numpy as np  # noqa: E402 - after the path
+import zstandard  # noqa: E402 - after the path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # noqa: E402
 
 from server.answer import wire_nodes  # noqa: E402 - after the path
@@ -43,6 +46,7 @@ from server.engines.settings import EngineSettings  # noqa: E402 - after the pat
 from server.sampler import sample  # noqa: E402 - after the path
 from server.tokens import Tokens  # noqa: E402 - after the path
 from shared.codec import MediaType, compress, decode, decompress, encode  # noqa: E402
+from shared.stream import Assembler, lines  # noqa: E402 - after the path
 from shared.tree import FinishReason, Node, Role  # noqa: E402 - after the path
 from shared.wire import (  # noqa: E402 - after the path
     GroupPlan,
@@ -52,7 +56,7 @@ from shared.wire import (  # noqa: E402 - after the path
     Usage,
     WeightVersions,
 )
-from shared.zstd import content_size  # noqa: E402 - after the path
+from shared.zstd import LEVEL, content_size  # noqa: E402 - after the path
 
 MATERIAL = ROOT.parent / "shared"
 FACTOR, DEPTH, SEGMENT, PROMPT = 6, 3, 600, 60
@@ -195,6 +199,53 @@ def uncompressed(body: bytes) -> int:
     return len(body) + sum((content_size(frame) or 0) - len(frame) for frame in frames)
 
 
+def stream_of(tree: RolloutTreeResponse, zstd: bool) -> list[bytes]:
+    """Its lines, as the server sends them."""
+    pieces = [line.encode() for line in lines(tree)]
+    if not zstd:
+        return pieces
+    frame, flush = (
+        zstandard.ZstdCompressor(level=LEVEL).compressobj(),
+        zstandard.COMPRESSOBJ_FLUSH_BLOCK,
+    )
+    return [frame.compress(piece) + frame.flush(flush) for piece in pieces] + [frame.flush()]
+
+
+def read_stream(pieces: Sequence[bytes], zstd: bool) -> RolloutTreeResponse:
+    """The tree of its lines."""
+    frame, made = zstandard.ZstdDecompressor().decompressobj(), Assembler()
+    found: Any = None
+    for piece in pieces:
+        if line := frame.decompress(piece) if zstd else piece:  # the last piece of a frame has none
+            found = made.feed(line)
+    assert isinstance(found, RolloutTreeResponse)
+    return found
+
+
+def row(name: str, label: str, size: int, share: float, took: Sequence[float]) -> dict[str, Any]:
+    """One form of one tree."""
+    encode_ms, decode_ms = (round(ms, 1) for ms in took)
+    print(
+        f"{name:<24} {label:<27} {size:9,d} {share:6.1%} {encode_ms:7.1f} {decode_ms:7.1f}",
+        flush=True,
+    )
+    return {"tree": name, "form": label, "bytes": size, "of_json": round(share, 4),
+            "encode_ms": encode_ms, "decode_ms": decode_ms}  # fmt: skip
+
+
+def measure_streams(name: str, tree: RolloutTreeResponse, repeats: int) -> list[dict[str, Any]]:
+    """A row for each form of a stream."""
+    json_bytes, rows = len(encode(tree, MediaType.JSON)), []
+    for zstd in (False, True):
+        pieces, encode_ms = timed(partial(stream_of, tree, zstd), repeats)
+        read, decode_ms = timed(partial(read_stream, pieces, zstd), repeats)
+        assert read == tree, "what comes out is what went in"
+        size = sum(map(len, pieces))
+        label = f"{MediaType.NDJSON}{' + zstd' if zstd else ''}"
+        rows.append(row(name, label, size, size / json_bytes, (encode_ms, decode_ms)))
+    return rows
+
+
 def measure(name: str, tree: RolloutTreeResponse, repeats: int) -> list[dict[str, Any]]:
     """A row for each form."""
     rows: list[dict[str, Any]] = []
@@ -215,11 +266,11 @@ def measure(name: str, tree: RolloutTreeResponse, repeats: int) -> list[dict[str
                  "encode_ms": round(encode_ms, 1), "decode_ms": round(decode_ms, 1)}
             )  # fmt: skip
             print(
-                f"{name:<24} {label:<26} {len(body):9,d} {share:6.1%} {encode_ms:7.1f} {decode_ms:7.1f}"
+                f"{name:<24} {label:<27} {len(body):9,d} {share:6.1%} {encode_ms:7.1f} {decode_ms:7.1f}"
                 + (f"   (no zstd: {raw:,d}, {raw / json_bytes:.1%})" if raw else ""),
                 flush=True,
             )
-    return rows
+    return rows + measure_streams(name, tree, repeats)
 
 
 def main() -> None:
@@ -227,7 +278,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15)
     repeats = parser.parse_args().repeats
     trees = {"tiny_math": asyncio.run(sampled_tree()), **made_up_trees()}
-    print(f"{'tree':<24} {'form':<26} {'bytes':>9} {'JSON':>6} {'enc ms':>7} {'dec ms':>7}")
+    print(f"{'tree':<24} {'form':<27} {'bytes':>9} {'JSON':>6} {'enc ms':>7} {'dec ms':>7}")
     rows = [row for name, tree in trees.items() for row in measure(name, tree, repeats)]
     print(json.dumps({"tokens": TOKENS, "repeats": repeats, "rows": rows}))
 

@@ -9,6 +9,7 @@ import multiprocessing
 import warnings
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import pytest_asyncio
@@ -17,18 +18,31 @@ from server.engines.base import Engine, Weights
 from server.engines.settings import EngineSettings
 
 
-async def _open(kind: str, model: Path) -> Engine:
+async def open_vllm(model: Path, dtype: str = "float32") -> Engine:
+    """vLLM with a worker whose writes of weights can be made to fail."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            _module("vllm_start"), "WORKER", "tests.contract.failing_worker.FailingLoader"
+        )
+        return await open_engine("vllm", model, dtype)
+
+
+def _module(name: str) -> Any:
     with warnings.catch_warnings():
         # Imported here for the first time, torch and transformers warn of deprecations among themselves.
         warnings.filterwarnings("ignore", category=DeprecationWarning)
-        module = importlib.import_module(f"server.engines.{kind}")
-    settings = EngineSettings(model=str(model), dtype="float32", seed=0, kv_cache_gib=0.25)
-    return await module.open_engine(settings)
+        return importlib.import_module(f"server.engines.{name}")
+
+
+async def open_engine(kind: str, model: Path, dtype: str = "float32") -> Engine:
+    """An engine for tests: small."""
+    settings = EngineSettings(model=str(model), dtype=dtype, seed=0, kv_cache_gib=0.25)
+    return await _module(kind).open_engine(settings)
 
 
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def transformers_session(tiny_math: Path) -> AsyncIterator[Engine]:
-    engine = await _open("transformers", tiny_math)
+    engine = await open_engine("transformers", tiny_math)
     yield engine
     await engine.close()
 
@@ -36,7 +50,7 @@ async def transformers_session(tiny_math: Path) -> AsyncIterator[Engine]:
 @pytest_asyncio.fixture(scope="session", loop_scope="session")
 async def vllm_session(tiny_math: Path) -> AsyncIterator[Engine]:
     before = set(multiprocessing.active_children())
-    engine = await _open("vllm", tiny_math)
+    engine = await open_vllm(tiny_math)
     yield engine
     await engine.close()
     assert set(multiprocessing.active_children()) == before

@@ -15,14 +15,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from server.engines.base import Completion, Engine, GenerateRequest, GenerateResult, News, Weights
 from shared.errors import RequestError, WeightsError
 from shared.tree import FinishReason
+from tests.contract.plain import END, TIMEOUT, ask, error, greedy, logits, plain, run
 
 pytestmark = pytest.mark.asyncio(loop_scope="session")
 
 STORY = "Ana has 12 apples. She buys 5 more. How many apples does Ana have now?\n"
 TOLERANCE = 1e-3
 """Most a float32 logprob may be off, nats."""
-END = 1
-TIMEOUT = 60.0
 
 
 @pytest.fixture(scope="module")
@@ -57,48 +56,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def ask(prompt: Sequence[int], **changes: Any) -> GenerateRequest:
-    """A greedy request for one sample of 16 tokens, changed."""
-    plain = GenerateRequest(
-        prompt_token_ids=tuple(prompt), samples=1, max_tokens=16, temperature=0.0, seed=1
-    )
-    return replace(plain, **changes)
-
-
-async def run(engine: Engine, request: GenerateRequest) -> GenerateResult:
-    return await asyncio.wait_for(engine.generate(request), TIMEOUT)
-
-
-@torch.inference_mode()
-def logits(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> torch.Tensor:
-    """[T, V] float32 logits that each of `tokens` was drawn from."""
-    output = model(torch.tensor([[*prompt, *tokens]])).logits[0]
-    return output[len(prompt) - 1 : -1].float()
-
-
-def plain(
-    model: Any, prompt: Sequence[int], tokens: Sequence[int], temperature: float = 1.0
-) -> torch.Tensor:
-    """[T] log-probability of each token in a plain forward pass."""
-    logprobs = (logits(model, prompt, tokens) / (temperature or 1.0)).log_softmax(-1)
-    return logprobs.gather(-1, torch.tensor(tokens)[:, None])[:, 0]
-
-
-def error(model: Any, request: GenerateRequest, completion: Completion) -> float:
-    """Largest difference to a plain forward pass, nats."""
-    ours = torch.tensor(completion.logprobs)
-    theirs = plain(model, request.prompt_token_ids, completion.token_ids, request.temperature)
-    return float((ours - theirs).abs().max())
-
-
-def greedy(model: Any, prompt: Sequence[int], count: int) -> list[int]:
-    """Token by token, no cache: slow and plain."""
-    tokens: list[int] = []
-    while len(tokens) < count and tokens[-1:] != [END]:
-        tokens.append(int(logits(model, prompt, [*tokens, 0])[-1].argmax()))
-    return tokens
 
 
 def assert_whole(request: GenerateRequest, result: GenerateResult, context: int) -> None:

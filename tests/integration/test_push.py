@@ -3,7 +3,8 @@
 1. Afterwards greedy tokens and logprobs are those of the new checkpoint under a plain forward pass.
 2. With requests running before, during and after, every token's logprob is that of the version its span names,
    computed with that version's weights over the whole prefix: no token mixes weights.
-3. A checkpoint that does not fit is refused by the server; the old weights serve on, the fleet table says why,
+3. Trees that are to begin anew at a swap are of one version each, and their streams say so.
+4. A checkpoint that does not fit is refused by the server; the old weights serve on, the fleet table says why,
    and the next version that fits is taken.
 """
 
@@ -22,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from shared.coordination import RedisCoordinator
+from shared.stream import Assembler, RestartLine
 from shared.wire import RolloutTreeResponse
 
 PROMPTS = [
@@ -166,6 +168,53 @@ async def test_a_swap_in_the_middle_of_a_response_is_exact(
             assert reference.check(tree) == {first, first + 1}
             for node in tree.nodes[1:]:
                 assert [v for v, _ in node.versions] == sorted({v for v, _ in node.versions})
+
+
+@pytest.mark.slow
+async def test_trees_that_begin_anew_at_a_swap_are_of_one_version(
+    following: Any, tiny_math: Path, tmp_path: Path
+) -> None:
+    reference = Reference()
+    body = {
+        "prompt": PROMPTS[0],
+        "plan": {"kind": "tree", "branch_factors": [8, 4], "segment_tokens": 16},
+        "sampling": {"max_tokens": 120},
+        "in_flight": "restart",
+    }
+    async with httpx.AsyncClient(base_url=following.url, timeout=120.0) as client:
+        assert (await asyncio.to_thread(push, following, tiny_math)).returncode == 0
+        first = await version_of(client)
+        reference.add(first, tiny_math)
+        newer = changed(tiny_math, tmp_path / "newer", 0.02, seed=2)
+        reference.add(first + 1, newer)
+        stop = asyncio.Event()
+
+        async def keep_asking() -> list[tuple[RolloutTreeResponse, list[int]]]:
+            """Trees, and the versions with which they were begun anew."""
+            trees = []
+            while not stop.is_set():
+                answer = await client.post(
+                    "/rollout_tree", json=body, headers={"Accept": "application/x-ndjson"}
+                )
+                assembler, anew = Assembler(), []
+                for line in answer.text.splitlines():
+                    found = assembler.feed(line)
+                    if isinstance(found, RestartLine):
+                        anew.append(found.version)
+                assert isinstance(found, RolloutTreeResponse)
+                trees.append((found, anew))
+            return trees
+
+        asking = [asyncio.create_task(keep_asking()) for _ in range(6)]
+        done = await asyncio.to_thread(push, following, newer)
+        stop.set()
+        assert done.returncode == 0, done.stderr
+        trees = [pair for batch in await asyncio.gather(*asking) for pair in batch]
+        restarted = [tree for tree, anew in trees if anew]
+        assert restarted, "no tree grew at the swap"
+        assert all(anew in ([], [first + 1]) for _, anew in trees)
+        assert all(tree.weight_versions.min == tree.weight_versions.max for tree, _ in trees)
+        assert {v for tree in restarted for v in reference.check(tree)} == {first + 1}
 
 
 @pytest.mark.slow

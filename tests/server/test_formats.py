@@ -97,13 +97,17 @@ async def test_a_large_tree_takes_the_way_off_the_loop_and_is_the_same(media: Me
 # --- application/x-ndjson ----------------------------------------------------
 
 
-async def streamed(client: httpx.AsyncClient, request: dict[str, Any]) -> tuple[list[Any], Any]:
+async def streamed(
+    client: httpx.AsyncClient, request: dict[str, Any], encoding: str = "identity"
+) -> tuple[list[Any], Any]:
     """(node lines in the order they came, the tree that they make)."""
     made, nodes = Assembler(), []
-    headers = {"accept": "application/x-ndjson"}
+    headers = {"accept": "application/x-ndjson", "accept-encoding": encoding}
     async with client.stream("POST", "/rollout_tree", json=request, headers=headers) as answer:
         assert answer.status_code == 200, await answer.aread()
         assert answer.headers["content-type"].startswith("application/x-ndjson")
+        assert answer.headers.get("content-encoding", "identity") == encoding
+        assert answer.headers["vary"] == "Accept, Accept-Encoding"
         async for line in answer.aiter_lines():
             got = made.feed(line)
             nodes.append(got)
@@ -111,6 +115,7 @@ async def streamed(client: httpx.AsyncClient, request: dict[str, Any]) -> tuple[
     return nodes[:-1], nodes[-1]
 
 
+@pytest.mark.parametrize("encoding", ["identity", "zstd"])
 @pytest.mark.parametrize(
     "plan",
     [
@@ -126,7 +131,7 @@ async def streamed(client: httpx.AsyncClient, request: dict[str, Any]) -> tuple[
     ids=lambda plan: plan["kind"],
 )
 async def test_a_stream_makes_the_tree_that_json_gives(
-    client: httpx.AsyncClient, plan: dict[str, Any]
+    client: httpx.AsyncClient, plan: dict[str, Any], encoding: str
 ) -> None:
     request = {
         "prompt": "Ana has 12 apples. She buys 5 more. How many apples does Ana have now?\n",
@@ -134,7 +139,7 @@ async def test_a_stream_makes_the_tree_that_json_gives(
         "sampling": {"max_tokens": 40, "seed": 5},
         "reward": {"name": "gsm8k", "reference": "17"},
     }
-    nodes, tree = await streamed(client, request)
+    nodes, tree = await streamed(client, request, encoding)
     whole = (await client.post("/rollout_tree", json=request)).json()
     # Ids, tokens, texts, rewards and values; logprobs to the last bits, which depend on the batch beside them.
     for mine, theirs in zip(tree.model_dump(mode="json")["nodes"], whole["nodes"], strict=True):

@@ -4,13 +4,14 @@ import asyncio
 from typing import Any
 
 import pytest
+import zstandard
 from starlette.requests import Request
 
 from server.branches import Branch
 from server.engines.base import Completion
-from server.service import Tell
+from server.service import Teller
 from server.status import Status
-from server.streaming import node_stream
+from server.streaming import compressed, node_stream
 from shared.tree import FinishReason
 from shared.wire import GroupPlan, RolloutTreeRequest, RolloutTreeResponse
 
@@ -27,12 +28,12 @@ class FakeService:
         self.given_up = asyncio.Event()
 
     async def rollout_tree(
-        self, request: RolloutTreeRequest, tell: Tell, *, caller: str
+        self, request: RolloutTreeRequest, tell: Teller, *, caller: str
     ) -> RolloutTreeResponse:
         done = Completion(
             token_ids=[5], logprobs=[-1.0], versions=[(0, 1)], finish_reason=FinishReason.STOP
         )
-        tell((0,), Branch(completion=done, response=(5,)))
+        tell.node((0,), Branch(completion=done, response=(5,)))
         try:
             await asyncio.Event().wait()
         finally:
@@ -70,3 +71,15 @@ async def test_a_reader_that_goes_away_gives_the_tree_up(when: str) -> None:
     async with asyncio.timeout(TIMEOUT):
         while asyncio.all_tasks() != {ours}:
             await asyncio.sleep(0)
+
+
+async def test_a_compressed_piece_can_be_read_before_the_next_one_is_there() -> None:
+    async def pieces() -> Any:
+        for piece in ("one\n", "two\n"):
+            yield piece
+
+    frame, read = zstandard.ZstdDecompressor().decompressobj(), []
+    async for packed in compressed(pieces()):
+        read.append(frame.decompress(packed).decode())
+    assert read == ["one\n", "two\n", ""]
+    assert frame.eof

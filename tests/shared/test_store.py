@@ -4,14 +4,20 @@
 2. A version is never written twice.
 3. A truncated or changed file, a changed manifest, or another version's manifest is refused by name.
 4. The digest of the weights depends on the tensors alone, not on files, order or version.
+5. Of two who publish one version at the same moment one fails, and the other's version is whole.
+6. A fetch that was cut short is gone on with; it takes no byte more than the manifest says.
 """
 
 import struct
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from versions import Versions
 
 from shared.errors import ConfigError, WeightsError
 from shared.manifest import Manifest
@@ -195,3 +201,150 @@ def test_deleting_leaves_nothing(tmp_path: Path) -> None:
 def test_unusable_stores_are_named(url: str, run: str) -> None:
     with pytest.raises(ConfigError, match="weight store"):
         FsspecStore(url, run)
+
+
+@pytest.mark.parametrize("scheme", ["file", "memory"])
+def test_of_two_that_publish_one_version_one_fails(tmp_path: Path, scheme: str) -> None:
+    url = f"{scheme}://{tmp_path / 'store'}"
+    both_wrote = threading.Barrier(2, timeout=20)
+    outcomes: dict[float, str] = {}
+
+    def publish(scale: float) -> None:
+        store = FsspecStore(url, "run")
+        path = shard(tmp_path / f"made-{scale}", f"weights-{scale:.0f}.safetensors", scale)
+        manifest = describe([path], run="run", version=3, dtype="float32")
+        try:
+            store.publish(manifest, path.parent, before_manifest=both_wrote.wait)
+            outcomes[scale] = manifest.digest
+        except WeightsError as error:
+            outcomes[scale] = str(error)
+
+    threads = [threading.Thread(target=publish, args=(scale,)) for scale in (1.0, 2.0)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    store = FsspecStore(url, "run")
+    winner = store.manifest(3)
+    refused = [text for text in outcomes.values() if text != winner.digest]
+    assert len(outcomes) == 2
+    assert len(refused) == 1
+    assert "in the store already" in refused[0]
+    verify_tensors(store.fetch(winner, tmp_path / "fetched"), winner)
+    if scheme == "file":
+        assert not list(version_folder(tmp_path).glob("*.partial"))
+
+
+def test_a_file_of_a_trainer_that_died_is_never_written_over(tmp_path: Path) -> None:
+    store = FsspecStore(f"file://{tmp_path / 'store'}", "run")
+    path = shard(tmp_path / "made")
+    left = version_folder(tmp_path) / path.name
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half a shard")
+    assert (store.versions(), store.numbers()) == ([], [3])
+    manifest = describe([path], run="run", version=3, dtype="float32")
+    with pytest.raises(WeightsError, match=r"another weights-00000\.safetensors .* take the next"):
+        store.publish(manifest, path.parent)
+    assert left.read_bytes() == b"half a shard"
+    store.delete(3)
+    assert store.numbers() == []
+    store.publish(manifest, path.parent)
+    assert store.numbers() == [3]
+
+
+def test_numbers_are_of_version_folders_alone(tmp_path: Path) -> None:
+    store, _ = store_with(tmp_path)
+    for name in ("v000007", "v9", "v00000x", "other"):
+        (tmp_path / "store" / "run" / name).mkdir()
+    assert store.numbers() == [3, 7]
+    assert FsspecStore(f"file://{tmp_path}", "no-such-run").numbers() == []
+
+
+def test_a_manifest_of_the_first_format_is_refused_by_its_number(tmp_path: Path) -> None:
+    _, manifest = store_with(tmp_path)
+    old = manifest.model_copy(update={"format": 1}).seal().encode()
+    with pytest.raises(WeightsError, match="format 1, which this Spoke does not read"):
+        Manifest.decode(old, run="run", version=3)
+
+
+def test_a_part_is_gone_on_with(tmp_path: Path) -> None:
+    versions = Versions(tmp_path)
+    versions.publish()
+    manifest, folder = versions.manifests[0], tmp_path / "fetched"
+    entry, whole = manifest.files[0], (versions.folder(0) / manifest.files[0].name).read_bytes()
+    folder.mkdir()
+    (folder / f"{entry.name}.part").write_bytes(whole[:1000])
+    stored = versions.folder(0) / entry.name
+    stored.write_bytes(b"?" * 1000 + whole[1000:])  # what is there is not asked for again
+    paths = versions.store.fetch(manifest, folder, [entry])
+    assert [path.read_bytes() for path in paths] == [whole]
+    assert [path.name for path in folder.iterdir()] == [entry.name]
+
+
+def test_a_wrong_part_is_fetched_anew(tmp_path: Path) -> None:
+    versions = Versions(tmp_path)
+    versions.publish()
+    manifest, folder = versions.manifests[0], tmp_path / "fetched"
+    folder.mkdir()
+    for entry, part in zip(manifest.files, (b"?" * 1000, b"?" * 10_000_000), strict=True):
+        (folder / f"{entry.name}.part").write_bytes(part)
+    versions.store.fetch(manifest, folder)
+    assert {path.name for path in folder.iterdir()} == {entry.name for entry in manifest.files}
+
+
+def test_no_byte_more_than_the_manifest_says_is_taken(tmp_path: Path) -> None:
+    versions = Versions(tmp_path)
+    versions.publish()
+    manifest = versions.manifests[0]
+    with (versions.folder(0) / manifest.files[0].name).open("ab") as stream:
+        stream.write(bytes(50 << 20))
+    with pytest.raises(WeightsError, match="has more than 300000 bytes"):
+        versions.store.fetch(manifest, tmp_path / "fetched", manifest.files[:1])
+    assert sum(path.stat().st_size for path in (tmp_path / "fetched").iterdir()) == 0
+
+
+def test_a_shortcuts_files_are_fetched_alone(tmp_path: Path) -> None:
+    versions = Versions(tmp_path)
+    versions.publish()
+    versions.publish(anchor=True)
+    manifest = versions.manifests[1]
+    assert manifest.shortcut is not None
+    paths = versions.store.fetch(manifest, tmp_path / "fetched", manifest.shortcut.files)
+    assert [path.name for path in paths] == ["delta-0.zst"]
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
+    """In a process of its own whose files may have 100 kB: the system refuses the rest of a shard."""
+    versions = Versions(tmp_path)
+    versions.publish()
+    code = (
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "from shared.errors import RoomError\n"
+        "from shared.store import FsspecStore\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "store = FsspecStore(sys.argv[1], 'run')\n"
+        "try: store.fetch(store.manifest(0), Path(sys.argv[2]))\n"
+        "except RoomError as error: print(error)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code, versions.store.given, str(tmp_path / "fetched")],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).resolve().parents[2],
+    )
+    assert "no room for weights-" in run.stdout
+    assert "free some" in run.stdout
+    assert list((tmp_path / "fetched").iterdir()) == []
+
+
+def test_an_http_store_is_not_written_to() -> None:
+    with pytest.raises(ConfigError, match="can only be read"):
+        FsspecStore("http://host:8100", "run")
+
+
+def test_a_password_is_not_shown() -> None:
+    with pytest.raises(ConfigError) as error:
+        FsspecStore("nope://me:secret@host/store", "run")
+    assert "secret" not in str(error.value)

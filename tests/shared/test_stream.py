@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 
 from shared.codec import MediaType, decode, encode
 from shared.errors import RequestError, TreeError
-from shared.stream import Assembler, ErrorLine, NodeLine, TreeLine, dump, lines, node_keys
+from shared.stream import (
+    Assembler,
+    ErrorLine,
+    NodeLine,
+    RestartLine,
+    TreeLine,
+    dump,
+    lines,
+    node_keys,
+)
 from shared.wire import Problem, RolloutTreeResponse
 from tests.shared.test_codec import tree
 from tests.shared.trees import answers, examples
@@ -147,3 +156,12 @@ def test_damaged_lines_are_an_error_of_ours_or_another_tree(
         return
     if isinstance(got, RolloutTreeResponse):
         assert RolloutTreeResponse.model_validate(got.model_dump()) == got
+
+
+def test_a_tree_that_is_begun_anew_has_the_nodes_after_that_line_alone() -> None:
+    old, whole, assembler = tree([5], [-2.0]), tree([7, 8], [-0.5, -0.25]), Assembler()
+    prompt, node, _ = lines(old)
+    for line in (prompt, node, node.replace('"key":"0"', '"key":"1"')):
+        assembler.feed(line)
+    assert assembler.feed(dump(RestartLine(version=4))) == RestartLine(version=4)
+    assert [assembler.feed(line) for line in lines(whole)][-1] == whole

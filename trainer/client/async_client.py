@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 import random
 import time
 from collections.abc import AsyncGenerator, Iterable
@@ -11,18 +12,20 @@ from typing import Any, Self
 import httpx
 from pydantic import TypeAdapter, ValidationError
 
-from shared.errors import FleetError, RequestError, TreeError, TreeTooLargeError
+from shared.errors import CoordinationError, FleetError, RequestError
 from shared.wire import RolloutTreeRequest, RolloutTreeResponse
-from trainer.client.connection import checked_urls, endpoint, open_http
+from trainer.client.attempt import ask, get
+from trainer.client.connection import checked_urls, open_http
 from trainer.client.identity import question_key, repeatable
-from trainer.client.reading import CallbackError, OnNode, StreamedError, accepts, read_tree
+from trainer.client.reading import CallbackError, Listener, OnNode
+from trainer.client.resume import Kept, refuses_nodes
 from trainer.client.retries import Failure, failure, problem
 from trainer.client.routing import ListServers, Router, Target, Trail, fixed
 
+log = logging.getLogger("spoke.client")
+
 REFRESH_S = 0.5
 """How long a list of servers is used before it is asked for again, seconds."""
-PROBE_S = 5.0
-"""Bound of an answer to `/info` or `/readyz`."""
 JITTER_S = 0.05
 JITTER = 0.25
 """Share of a wait that is added at random, so that requests refused together do not return together."""
@@ -41,6 +44,8 @@ class AsyncClient:
             question goes elsewhere. 0 is plain least-loaded.
         reproducible: give a request that has no seed one made of its id, so that servers with equal weights sample
             the same tree. vLLM samples slower with seeds.
+        keep_nodes: take trees node by node, so that a tree which moves to another server takes along what has
+            finished; see `RolloutTreeRequest.takes_given`. With `on_node` this is so anyway.
 
     Raises (on construction):
         ConfigError: a URL or the token cannot be used.
@@ -55,6 +60,7 @@ class AsyncClient:
         concurrency: int = 64,
         affinity_slack: int = 2,
         reproducible: bool = False,
+        keep_nodes: bool = False,
     ) -> None:
         self._list = servers if callable(servers) else fixed(*checked_urls(servers))
         self._timeout_s = timeout_s
@@ -63,6 +69,8 @@ class AsyncClient:
         self._listed_at = float("-inf")
         self._random = random.Random()
         self._reproducible = reproducible
+        self._keep_nodes = keep_nodes
+        self._away: str | None = None
         self._freed = asyncio.Event()
         self._http = open_http(token, concurrency)
 
@@ -87,7 +95,8 @@ class AsyncClient:
         Args:
             request: what is asked.
             on_node: called with each node as it finishes, in no order; again from the first where the tree moved
-                to another server. A server that does not stream gives them all at the end.
+                to another server or was begun anew: the returned tree has the nodes told last of those with one
+                key. A server that does not stream gives them all at the end.
 
         Raises:
             RequestError: the request itself is refused, or its tree is too large to take; it names the field and
@@ -97,11 +106,12 @@ class AsyncClient:
             Exception: whatever `on_node` raises.
         """
         request = repeatable(request, seeded=self._reproducible)
-        body = request.model_dump_json(exclude_none=True).encode()
+        keeps = request.takes_given and (self._keep_nodes or on_node is not None)
+        listener = Listener(on_node=on_node, kept=Kept() if keeps else None)
         key, trail = question_key(request), Trail()
         async with self._slots:
             deadline = _now() + self._timeout_s
-            reason = "no live server is ready"
+            reason = "no live server is ready"  # until there is another
             while _now() < deadline:
                 await self._refresh()
                 choice = self._router.choose(
@@ -111,7 +121,7 @@ class AsyncClient:
                     await self._pause(choice, deadline)
                     continue
                 with self._router.sending(choice.url):
-                    answer = await self._ask(choice.url, body, deadline, on_node)
+                    answer = await self._attempt(choice.url, request, deadline, listener)
                 self._freed.set()  # whoever waits for room looks again
                 self._freed = asyncio.Event()
                 if isinstance(answer, RolloutTreeResponse):
@@ -121,6 +131,7 @@ class AsyncClient:
                     raise answer.error
                 reason = f"{choice.url}: {answer.reason}"
                 self._note(choice.url, answer, trail)
+        reason = f"{reason}; {self._away}" if self._away else reason
         raise FleetError(f"no tree within {self._timeout_s:g} s; the last reason: {reason}")
 
     async def rollout_trees(
@@ -166,7 +177,7 @@ class AsyncClient:
         """
         reason = "no live server is ready"
         for where in await self._urls() if url is None else [url.rstrip("/")]:
-            answer = await self._get(where, "/info")
+            answer = await get(self._http, where, "/info")
             if isinstance(answer, httpx.Response) and answer.is_success:
                 try:
                     return _OBJECT.validate_json(answer.content)
@@ -181,7 +192,7 @@ class AsyncClient:
     async def ready(self) -> list[str]:
         """URLs of the servers that would take a request now."""
         urls = await self._urls()
-        answers = await asyncio.gather(*(self._get(url, "/readyz") for url in urls))
+        answers = await asyncio.gather(*(get(self._http, url, "/readyz") for url in urls))
         return [
             url
             for url, answer in zip(urls, answers, strict=True)
@@ -199,17 +210,21 @@ class AsyncClient:
     async def _urls(self) -> list[str]:
         return [target.url for target in await self._list()]
 
-    async def _get(self, url: str, path: str) -> httpx.Response | Failure:
-        try:
-            return await self._http.get(endpoint(url, path), timeout=PROBE_S)
-        except (httpx.RequestError, httpx.InvalidURL) as error:
-            return Failure(reason=_named(error))
-
     async def _refresh(self) -> None:
-        """Ask who is alive, where what is known is old; requests that come meanwhile use what is known."""
+        """Ask who is alive, where what is known is old; requests that come meanwhile use what is known.
+
+        So do all while nobody can be asked: servers go on without Redis.
+        """
         if _now() - self._listed_at > REFRESH_S or not self._router.any:
             self._listed_at = _now()
-            self._router.update(await self._list())
+            try:
+                self._router.update(await self._list())
+            except CoordinationError as error:
+                if self._away is None:
+                    log.warning("%s; going on with the servers known so far", error)
+                self._away = str(error)
+            else:
+                self._away = None
 
     async def _pause(self, wait_s: float | None, deadline: float) -> None:
         """Until a server may be asked, or one of our trees has ended, or the list may be another."""
@@ -233,44 +248,21 @@ class AsyncClient:
         # A jitter after all others may ask again: those that failed together do not return together.
         own.until = now + max(wait, wait_of_all) * (1 + self._random.uniform(0, JITTER))
 
-    async def _ask(
-        self, url: str, body: bytes, deadline: float, on_node: OnNode | None
+    async def _attempt(
+        self, url: str, request: RolloutTreeRequest, deadline: float, listener: Listener
     ) -> RolloutTreeResponse | Failure | CallbackError:
-        """One attempt at one server."""
+        """One attempt at one server, with the nodes of those before it."""
+        kept = listener.kept
+        asked = kept.request(request) if kept else request
+        body = asked.model_dump_json(exclude_none=True).encode()
         try:
-            async with (
-                asyncio.timeout_at(deadline),
-                self._http.stream(
-                    "POST",
-                    endpoint(url, "/rollout_tree"),
-                    content=body,
-                    headers={"Content-Type": "application/json", "Accept": accepts(on_node)},
-                ) as answer,
-            ):
-                if answer.status_code == httpx.codes.OK:
-                    return await read_tree(answer, on_node)
-                found = problem(answer.status_code, await answer.aread())
-        except CallbackError as error:
-            return error
-        except TimeoutError:
-            return Failure(reason="ReadTimeout: no whole answer by the bound")
-        except TreeTooLargeError as error:  # so it would be from any server
-            detail = f"{error} (LIMIT_BYTES of shared/codec.py); ask for fewer or shorter branches"
-            raise RequestError(
-                "plan", detail, status=httpx.codes.REQUEST_ENTITY_TOO_LARGE
-            ) from None
-        except (TreeError, httpx.DecodingError) as error:
-            return Failure(reason=f"its answer is no tree: {error}")
-        except (httpx.RequestError, httpx.InvalidURL) as error:
-            return Failure(reason=_named(error), whole_server=True)
-        except StreamedError as error:  # refused after the stream had begun
-            found = error.problem
-        return failure(url, found, answer.headers, time.time())
+            return await ask(self._http, url, body, deadline, listener)
+        except RequestError as error:
+            if not kept or asked is request or not refuses_nodes(error):
+                raise
+            kept.forget()
+            return Failure(reason=str(error))
 
 
 def _now() -> float:
     return asyncio.get_running_loop().time()
-
-
-def _named(error: httpx.RequestError | httpx.InvalidURL) -> str:
-    return f"{type(error).__name__}: {error}".removesuffix(": ")

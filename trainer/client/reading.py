@@ -1,14 +1,16 @@
 """Reading an answer: a whole tree in packed form or in JSON, or its nodes as they finish."""
 
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 
 import httpx
 
 from shared.codec import decode
 from shared.errors import RequestError, TreeError
 from shared.media import MediaType
-from shared.stream import Assembler, NodeLine, node_keys, node_line
+from shared.stream import Assembler, NodeLine, RestartLine, node_keys, node_line
 from shared.wire import Problem, RolloutTreeResponse
+from trainer.client.resume import Kept
 
 OnNode = Callable[[NodeLine], None]
 """Called with a node that has finished; `key` names it: positions among siblings, from the prompt."""
@@ -32,18 +34,51 @@ class StreamedError(Exception):
         )
 
 
-def accepts(on_node: OnNode | None) -> str:
+@dataclass(slots=True, kw_only=True)
+class Listener:
+    """Who wants to know of the nodes of one tree before it is whole, over all its attempts."""
+
+    on_node: OnNode | None
+    kept: Kept | None
+    """Keeps them for the next attempt; None where nobody could use them."""
+    pieces: int = 0
+    """That have come so far."""
+
+    def node(self, node: NodeLine) -> None:
+        """Take a node that has finished.
+
+        Raises:
+            CallbackError: `on_node` raised.
+        """
+        if self.kept is not None:
+            self.kept.add(node)
+        if self.on_node is not None:
+            try:
+                self.on_node(node)
+            except (
+                Exception
+            ) as error:  # the caller's, of any kind; `rollout_tree` raises it as it was
+                raise CallbackError(error) from error
+
+    def begun_anew(self) -> None:
+        """Forget all nodes."""
+        if self.kept is not None:
+            self.kept.forget()
+
+
+def accepts(listener: Listener) -> str:
     """The `Accept` header; a server that knows neither form answers in JSON."""
-    media = MediaType.MSGPACK if on_node is None else MediaType.NDJSON
+    whole = listener.on_node is None and listener.kept is None
+    media = MediaType.MSGPACK if whole else MediaType.NDJSON
     return f"{media}, {MediaType.JSON};q=0.5"
 
 
-async def read_tree(answer: httpx.Response, on_node: OnNode | None) -> RolloutTreeResponse:
+async def read_tree(answer: httpx.Response, listener: Listener) -> RolloutTreeResponse:
     """The tree in an answer with status 200, whose body has not been read.
 
     Args:
         answer: in whichever form its `Content-Type` says; JSON where that is none of ours.
-        on_node: told of each node, at the end where the answer is whole.
+        listener: told of each node, at the end where the answer is whole.
 
     Raises:
         TreeError: there is no tree in it, or it ends too early; TreeTooLargeError if it is more than LIMIT_BYTES.
@@ -53,34 +88,30 @@ async def read_tree(answer: httpx.Response, on_node: OnNode | None) -> RolloutTr
     """
     kind = answer.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == MediaType.NDJSON:
-        return await _assembled(answer, on_node)
+        return await _assembled(answer, listener)
     media = MediaType.MSGPACK if kind == MediaType.MSGPACK else MediaType.JSON
     tree = decode(await answer.aread(), media)
-    if on_node is not None:
+    if listener.on_node is not None:
         keys = node_keys([node.parent for node in tree.nodes])
         for node, key in zip(tree.nodes, keys, strict=True):
-            _tell(on_node, node_line(node, key))
+            listener.node(node_line(node, key))
     return tree
 
 
-def _tell(on_node: OnNode, node: NodeLine) -> None:
-    try:
-        on_node(node)
-    except Exception as error:  # the caller's, of any kind; `rollout_tree` raises it as it was
-        raise CallbackError(error) from error
-
-
-async def _assembled(answer: httpx.Response, on_node: OnNode | None) -> RolloutTreeResponse:
+async def _assembled(answer: httpx.Response, listener: Listener) -> RolloutTreeResponse:
     assembler = Assembler()
     async for line in lines(answer.aiter_bytes()):
+        listener.pieces += 1
         try:
             found = assembler.feed(line)
         except RequestError as error:
             raise StreamedError(error) from None
         if isinstance(found, RolloutTreeResponse):
             return found
-        if on_node is not None:
-            _tell(on_node, found)
+        if isinstance(found, RestartLine):
+            listener.begun_anew()
+        else:
+            listener.node(found)
     raise TreeError("the stream ended before the tree's last line")
 
 

@@ -35,6 +35,7 @@ class Client:
         concurrency: most trees in flight.
         affinity_slack: see `AsyncClient`.
         reproducible: likewise.
+        keep_nodes: likewise.
 
     Raises (on construction):
         ConfigError: a URL or the token cannot be used.
@@ -49,6 +50,7 @@ class Client:
         concurrency: int = 64,
         affinity_slack: int = 2,
         reproducible: bool = False,
+        keep_nodes: bool = False,
     ) -> None:
         self._client = AsyncClient(
             servers,
@@ -57,6 +59,7 @@ class Client:
             concurrency=concurrency,
             affinity_slack=affinity_slack,
             reproducible=reproducible,
+            keep_nodes=keep_nodes,
         )
         self._stack = contextlib.ExitStack()
         self._portal = self._stack.enter_context(
