@@ -14,6 +14,7 @@ SpokeError
     ├── LeaseError         our lease on the run is gone, or another trainer has trained it
     │   └── LeaseHeldError another trainer holds the run
     └── FleetError         too few live servers, or they did not follow in time
+        └── NoTreeError    no server gave a tree within its bound, although enough were alive
 """
 
 
@@ -105,3 +106,7 @@ class LeaseHeldError(LeaseError):
 
 class FleetError(CoordinationError):
     """Too few live servers, or they did not follow in time."""
+
+
+class NoTreeError(FleetError):
+    """No server gave a tree within its bound, although enough were alive."""

@@ -140,9 +140,13 @@ class Quiet:
     def __init__(self) -> None:
         self.steps: list[dict[str, Any]] = []
         self.measured_labels: list[str] = []
+        self.said: list[str] = []
 
     def status(self, text: str) -> None:
         pass
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
 
     def step(self, done: int, total: int, values: dict[str, Any]) -> None:
         self.steps.append(values)

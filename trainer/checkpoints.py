@@ -3,8 +3,9 @@
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoTokenizer
@@ -31,6 +32,8 @@ class Progress:
     sampled_tokens: int
     seconds: float = 0.0
     """Spent on training; measurements and checkpoints not counted."""
+    trees: dict[str, Any] = field(default_factory=dict)
+    """The ledger's; see `Ledger.as_json`."""
 
 
 def save(

@@ -85,7 +85,7 @@ class Display:
         self._refresh()
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """See `Reporter.say`."""
         self.console.print(text, highlight=False, soft_wrap=True)
 
     def step(self, done: int, total: int, values: dict[str, Any]) -> None:
@@ -98,6 +98,8 @@ class Display:
             f"clipped {percent(values['clip_fraction'])}  mismatch {values['mismatch']:.1e}  "
             f"version {values['version']}"
         )
+        if stale := values.get("staleness", {}).get("mean"):
+            self._line += f"  staleness {stale:.2f}"
         if self.console.is_terminal:
             self._refresh()
         else:
@@ -147,8 +149,10 @@ def summary_tables(summary: Summary, elapsed_s: float) -> Group:
     work.add_row("all, seconds", f"{elapsed_s:.1f}")
     for server, version in summary.versions.items():
         work.add_row(f"{server} reached version", str(version))
-    for reason, count in summary.dropped.items():
-        work.add_row(f"trees dropped for {reason}", str(count))
+    trees = summary.trees
+    work.add_row("trees trained, of those asked for", f"{trees.trained:,} of {trees.asked:,}")
+    for reason, count in trees.dropped.items():
+        work.add_row(f"trees dropped, {reason}", f"{count:,}")
     return Group(accuracy, work)
 
 

@@ -8,28 +8,40 @@ import asyncio
 import time
 
 from shared.coordination import Coordinator
-from shared.errors import FleetError
+from shared.errors import CoordinationError, FleetError, NoTreeError
 from shared.fleet import Head, ServerRecord
 from shared.wire import RolloutTreeRequest, RolloutTreeResponse
 from trainer.client import AsyncClient, ListServers, Target, fixed
+from trainer.patience import Patience
 
 __all__ = [
     "Fleet", "ListServers", "Target", "fixed", "registered", "wait_for_head", "wait_for_servers",
 ]  # fmt: skip
 
-POLL_S = 0.02
-
 
 def registered(coordinator: Coordinator) -> ListServers:
-    """The live servers of a run that may serve, from Redis."""
+    """The live servers of a run that may serve, from Redis; while Redis is away, the last that it named.
+
+    Raises (when called):
+        CoordinationError: Redis is away and has never named any.
+    """
+    known: list[Target] = []
 
     async def servers() -> list[Target]:
-        records = await coordinator.servers()
-        return [
+        nonlocal known
+        try:
+            records = await coordinator.servers()
+        except CoordinationError:
+            if not known:
+                raise
+            return known
+        found = [
             Target(url=r.url, version=r.version, load=r.in_flight)
             for r in records
             if r.state.serves
         ]
+        known = found or known  # a Redis that restarted empty knows of nobody for a moment
+        return found
 
     return servers
 
@@ -42,6 +54,7 @@ class Fleet:
         concurrency: most trees in flight.
         timeout_s: bound of one tree, all attempts together.
         keep_nodes: a tree that moves to another server takes along what has finished; see `AsyncClient`.
+        patience: waits for servers where too few are alive to give a tree; None does not.
     """
 
     def __init__(
@@ -51,6 +64,7 @@ class Fleet:
         concurrency: int = 64,
         timeout_s: float = 600.0,
         keep_nodes: bool = True,
+        patience: Patience | None = None,
     ) -> None:
         # No slack: training asks a question once with any weights, so its prefix is at no server yet.
         self._client = AsyncClient(
@@ -60,6 +74,7 @@ class Fleet:
             affinity_slack=0,
             keep_nodes=keep_nodes,
         )
+        self._patience = patience
 
     async def close(self) -> None:
         """Close the connections."""
@@ -68,12 +83,27 @@ class Fleet:
     async def rollout_tree(self, request: RolloutTreeRequest) -> RolloutTreeResponse:
         """One tree from whichever server has least to do, tried again elsewhere until the bound.
 
+        With patience, a tree that was not given is asked for once more, by the same id; where too few servers are
+        alive, once they are back, as often as that happens within the bound of a pause.
+
         Raises:
             RequestError: the request itself is refused.
             ConfigError: a server does not take the token in SPOKE_TOKEN.
-            FleetError: no server gave the tree within the bound.
+            NoTreeError: no server gave the tree within the bound; with patience, enough were alive.
+            FleetError: too few servers were alive for longer than a pause may take.
         """
-        return await self._client.rollout_tree(request)
+        tries = 0
+        begun = time.monotonic()
+        while True:
+            try:
+                return await self._client.rollout_tree(request)
+            except FleetError as error:
+                if self._patience is None:
+                    raise NoTreeError(str(error)) from None
+                paused = await self._patience.enough()
+                tries += not paused
+                if tries > 1 or time.monotonic() - begun > self._patience.pause_s:
+                    raise NoTreeError(str(error)) from None
 
 
 async def wait_for_servers(
@@ -100,28 +130,8 @@ async def wait_for_servers(
 async def wait_for_head(
     coordinator: Coordinator, head: Head, *, min_servers: int, timeout_s: float
 ) -> list[ServerRecord]:
-    """Wait until every live server holds the head; a server that dies is waited for no longer.
-
-    Returns:
-        Records of the servers that hold it. After the bound, servers that still lag are left behind when at
-        least `min_servers` hold the head.
-
-    Raises:
-        FleetError: fewer than `min_servers` hold it within the bound; it names what the others say.
-    """
-    deadline = time.monotonic() + timeout_s
-    while True:
-        records = await coordinator.servers()
-        holders = [r for r in records if r.state.serves and head.held_by(r)]
-        late = time.monotonic() > deadline
-        if len(holders) >= min_servers and (late or len(holders) == len(records)):
-            return holders
-        if late:
-            others = [
-                f"{r.server_id}: {r.last_error or r.state}" for r in records if r not in holders
-            ]
-            raise FleetError(
-                f"version {head.version}: {len(holders)} of at least {min_servers} servers hold it after "
-                f"{timeout_s:.0f} s; " + ("; ".join(others) or "no other server is alive")
-            )
-        await asyncio.sleep(POLL_S)
+    """Wait until every live server holds the head; see `Patience.followed`, which has the errors too."""
+    patience = Patience(
+        servers=coordinator.servers, min_servers=min_servers, wait_s=timeout_s, pause_s=timeout_s
+    )
+    return await patience.followed(head)

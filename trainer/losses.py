@@ -7,16 +7,32 @@
 The denominator is the count of participating tokens of the whole optimizer batch, so the gradients of its
 micro-batches add up to the gradient of the batch however it is cut (DESIGN section 4; PPO arXiv 1707.06347,
 equation 7).
+
+Where other weights sampled the tokens than those a step starts from (asynchronous training), two things are told
+apart that PPO has in one ratio: the policy at the step's start, to which the update stays close (proximal), and
+the one that sampled (behaviour). It is the decoupled objective (arXiv 2110.00641; AReaL, arXiv 2505.24298):
+
+    w        = exp(clamp(proximal logprob - behaviour logprob, -10, 10)), no gradient
+    ratio    = exp(clamp(logprob - proximal logprob, -10, 10))
+    loss     = sum of weight(w) * token / denominator
+
+    truncated  weight(w) = min(w, C)                  as V-trace's rho (IMPALA, arXiv 1802.01561); "TIS"
+    masked     weight(w) = w if 1/C <= w <= C else 0  as IcePop: a token that moved too far leaves the loss
+
+Without a correction the ratio is to the behaviour policy and weight is 1. The weight is of the whole token, KL
+included, for both are expectations under the policy. The denominator stays the count of participating tokens,
+whatever they weigh: dividing by the weights' sum would give back what truncation takes, and a masked token would
+make the others count for more.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor
 
-from trainer.settings import KLEstimator
+from trainer.settings import Correction, KLEstimator
 
 LOG_RATIO_LIMIT = 10.0
 """Log-ratios are clamped to [-10, 10]; outside, a token has no gradient."""
@@ -33,7 +49,7 @@ class LossSums:
     objective: Tensor
     """The PPO-clip term of the loss."""
     ratio: Tensor
-    """exp of the clamped log-ratio."""
+    """exp of the clamped log-ratio: to the proximal policy under a correction, else to the behaviour policy."""
     clipped: Tensor
     """Tokens where the clipped term was the larger, so that they had no gradient."""
     kl: Tensor
@@ -44,6 +60,10 @@ class LossSums:
     """log-ratio squared over 2: a KL(behaviour | policy) that is never negative."""
     mismatch: Tensor
     """|logprob - behaviour logprob|, not clamped: on fresh data, the engines' disagreement (nats)."""
+    weight: Tensor
+    """What each token weighs for being sampled by another policy; 1 without a correction."""
+    limited: Tensor
+    """Tokens whose weight was truncated or masked."""
 
     def __add__(self, other: Self) -> Self:
         added = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
@@ -70,6 +90,27 @@ class PolicyLoss:
     sums: LossSums
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OffPolicy:
+    """How tokens are corrected that another policy sampled."""
+
+    correction: Literal[Correction.TRUNCATED, Correction.MASKED]
+    limit: float
+    """C, above 1."""
+
+    def weights(self, log_weights: Tensor) -> tuple[Tensor, Tensor]:
+        """(weight of each token, whether it was limited), from proximal logprob - behaviour logprob.
+
+        >>> OffPolicy(correction=Correction.MASKED, limit=2.0).weights(torch.tensor([0.0, 1.0, -1.0]))
+        (tensor([1., 0., 0.]), tensor([False,  True,  True]))
+        """
+        weight = log_weights.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+        if self.correction is Correction.TRUNCATED:
+            return weight.clamp(max=self.limit), weight > self.limit
+        far = (weight > self.limit) | (weight < 1 / self.limit)
+        return weight.masked_fill(far, 0.0), far
+
+
 def policy_loss(
     logprobs: Tensor,
     behaviour_logprobs: Tensor,
@@ -83,6 +124,8 @@ def policy_loss(
     kl_coef: float = 0.0,
     ref_logprobs: Tensor | None = None,
     kl: KLEstimator = KLEstimator.K3,
+    off_policy: OffPolicy | None = None,
+    proximal_logprobs: Tensor | None = None,
 ) -> PolicyLoss:
     """Loss and sums of one micro-batch; see the module.
 
@@ -101,13 +144,22 @@ def policy_loss(
         kl_coef: beta, weight of the KL penalty.
         ref_logprobs: [...] log-probability under the reference model; None for no penalty.
         kl: estimator of the penalty.
+        off_policy: corrects for the behaviour policy; None takes the ratio to it.
+        proximal_logprobs: [...] log-probability at the start of the step, detached, for the correction; None where
+            this is the step's first update, so that they are `logprobs`.
     """
     # Selecting before any arithmetic: a mask that multiplies would turn inf and NaN elsewhere into NaN here.
     logprobs, behaviour_logprobs = logprobs[participates], behaviour_logprobs[participates]
     advantages = advantages[participates]
     difference = logprobs - behaviour_logprobs
     log_ratio = difference.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    ratio = log_ratio.exp()
+    ratio, corrected = log_ratio.exp(), None
+    if off_policy is not None:
+        proximal = logprobs.detach()
+        if proximal_logprobs is not None:
+            proximal = proximal_logprobs[participates]
+        ratio = (logprobs - proximal).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+        corrected = off_policy.weights(proximal - behaviour_logprobs)
     plain, clipped = -advantages * ratio, -advantages * ratio.clamp(1 - clip_low, 1 + clip_high)
     objective = torch.maximum(plain, clipped)
     if ref_logprobs is None:
@@ -115,6 +167,8 @@ def policy_loss(
     else:
         penalty = kl_penalty(logprobs, ref_logprobs[participates], kl)
     losses = objective + kl_coef * penalty
+    if corrected is not None:
+        losses = losses * corrected[0]
     if weights is not None:
         losses = losses * weights[participates]
     loss = losses.sum() / max(denominator, 1.0)
@@ -128,6 +182,8 @@ def policy_loss(
             log_ratio=log_ratio.sum(),
             approx_kl=log_ratio.square().sum() / 2,
             mismatch=difference.abs().sum(),
+            weight=participates.sum() if corrected is None else corrected[0].sum(),
+            limited=torch.zeros_like(objective).sum() if corrected is None else corrected[1].sum(),
         )
     return PolicyLoss(loss=loss, sums=sums)
 

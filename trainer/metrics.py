@@ -48,6 +48,19 @@ class MetricsLog:
             self._board.add_scalar(name, number, step)
 
 
+def last_line(folder: Path) -> dict[str, Any]:
+    """The newest whole line of a run's metrics; empty where there is none. A killed run may leave half a line."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    for line in reversed(lines):
+        try:
+            found: dict[str, Any] = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        return found
+    return {}
+
+
 def _finite(value: Any) -> Any:  # noqa: ANN401  # any JSON value
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
@@ -126,6 +139,30 @@ def of_segments(
     }
 
 
+def of_staleness(segments: Sequence[Segment], version: int) -> dict[str, Any]:
+    """How many versions older than the policy the trained tokens are, masked ones counted.
+
+    A segment that replay brings back is as old as it is: replay's age is in steps since it was sampled, whichever
+    versions those were, and has a bound of its own.
+
+    Args:
+        segments: that train in the step.
+        version: of the policy before the step.
+    """
+    lags: Counter[int] = Counter()
+    for segment in segments:
+        for sampled_by, count in segment.node.versions:
+            lags[version - sampled_by] += count
+    tokens = lags.total()
+    return {
+        "staleness": {
+            "mean": sum(lag * count for lag, count in lags.items()) / max(1, tokens),
+            "max": max(lags, default=0),
+            "shares": {str(lag): count / tokens for lag, count in sorted(lags.items())},
+        }
+    }
+
+
 def of_replay(replay: Replay | None, segments: Sequence[Segment]) -> dict[str, Any]:
     """What trained of all that waited, what still waits, and what grew too old so far."""
     if replay is None:
@@ -154,6 +191,9 @@ def of_updates(updates: Sequence[UpdateReport]) -> dict[str, Any]:
         "entropy": entropy,
         # Before any step of this iteration the two sides compute the same thing: what is left is disagreement.
         "mismatch": updates[0].means.get("mismatch", 0.0) if updates else 0.0,
+        # 1 and 0 without a correction.
+        "weight": mean("weight") if tokens else 1.0,
+        "limited": mean("limited"),
         "gradient_norm": max((u.step.gradient_norm for u in updates), default=0.0),
         "learning_rate": updates[-1].step.learning_rate if updates else 0.0,
         **_of_critics([u.critic for u in updates if u.critic is not None]),

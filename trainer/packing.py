@@ -47,6 +47,8 @@ class Row:
     """[L] the critic's value before each token, when it was scored; 0 where there is none."""
     returns: NDArray[np.float64]
     """[L] what the critic should have said; 0 where there is none."""
+    proximal_logprobs: NDArray[np.float64]
+    """[L] nats, at the start of the step; 0 where nothing was scored. See `Learner.score_proximal`."""
     versions: NDArray[np.int64]
     """[L] weight version that sampled each token; -1 for prompts."""
 
@@ -68,6 +70,7 @@ class Batch:
     advantages: Tensor
     values: Tensor
     returns: Tensor
+    proximal_logprobs: Tensor
     versions: Tensor
 
 
@@ -160,6 +163,7 @@ def _row(
         advantages=advantages,
         values=values,
         returns=returns,
+        proximal_logprobs=np.zeros(len(token_ids)),
         versions=versions,
     )
 

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,16 +12,23 @@ from shared.errors import ConfigError
 from shared.store import FsspecStore
 from trainer import checkpoints
 from trainer.algorithms import AlgorithmName
+from trainer.checkpoints import Progress
 from trainer.config import TrainSettings
 from trainer.critic import Critic, load_critic
 from trainer.data import Question, load
 from trainer.fleet import Fleet, registered
 from trainer.lease import hold
+from trainer.ledger import Ledger
+from trainer.losses import OffPolicy
+from trainer.metrics import last_line
 from trainer.optimizer import PolicyOptimizer
+from trainer.patience import Patience
 from trainer.policy import DTYPES, load_policy, recompute_activations
 from trainer.publish import Publisher
 from trainer.serving import announced
 from trainer.settings import KLEstimator
+from trainer.replay import Replay
+from trainer.settings import Correction, KLEstimator
 from trainer.update import Learner
 
 
@@ -83,16 +91,85 @@ def build_learner(settings: TrainSettings, checkpoint: Path | None) -> Learner:
         mask_threshold=settings.algorithm.mask_threshold,
         max_tokens=settings.rollout.max_tokens,
         critic=critic,
+        off_policy=off_policy_of(settings),
     )
+
+
+def off_policy_of(settings: TrainSettings) -> OffPolicy | None:
+    """The correction of a run; None where it is synchronous."""
+    trainer = settings.trainer
+    if settings.fleet.max_staleness == 0 or trainer.correction is Correction.NONE:
+        return None
+    return OffPolicy(correction=trainer.correction, limit=trainer.correction_limit)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """What a run begins with, or goes on with."""
+
+    questions: list[Question]
+    heldout: list[Question]
+    learner: Learner
+    replay: Replay | None
+    """None where the run has none."""
+    progress: Progress
+    ledger: Ledger
+
+
+def begin(settings: TrainSettings, folder: Path, *, resume: bool) -> Start:
+    """Load data, model and optimizer; from the newest checkpoint where the run is resumed.
+
+    Raises:
+        ConfigError: something of it cannot be had.
+    """
+    checkpoint = checkpoints.newest(folder) if resume else None
+    questions, heldout = questions_of(settings)
+    learner, replay = build_learner(settings, checkpoint), replay_of(settings)
+    progress, ledger = Progress(step=0, version=0, sampled_tokens=0), Ledger()
+    if checkpoint is not None:
+        progress = checkpoints.restore(checkpoint, learner, replay)
+        written = last_line(folder).get("ledger", progress.trees)
+        ledger = Ledger.resumed(progress.trees, written)
+    return Start(
+        questions=questions,
+        heldout=heldout,
+        learner=learner,
+        replay=replay,
+        progress=progress,
+        ledger=ledger,
+    )
+
+
+def replay_of(settings: TrainSettings) -> Replay | None:
+    """The run's replay, empty; None where it has none."""
+    replay = settings.replay
+    if not replay.enabled:
+        return None
+    return Replay(per_question=replay.per_question, max_age=replay.max_age, seed=settings.seed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connections:
+    """A run's ways to everybody else."""
+
+    coordinator: RedisCoordinator
+    publisher: Publisher
+    patience: Patience
+    fleet: Fleet
 
 
 @contextlib.asynccontextmanager
 async def connect(
-    settings: TrainSettings, folder: Path, status: Callable[[str], None]
-) -> AsyncIterator[tuple[RedisCoordinator, Publisher, Fleet]]:
+    settings: TrainSettings, folder: Path, say: Callable[[str], None]
+) -> AsyncIterator[Connections]:
     """Redis, the lease, the store and the fleet; closed in reverse.
 
     Before anything slow: a Redis that is away, or another trainer, is known at once.
+
+    Args:
+        settings: of the run.
+        folder: of the run.
+        say: shows what is waited for, in a line that stays.
     """
     fleet_settings = settings.fleet
     if fleet_settings.redis_url is None:
@@ -102,11 +179,19 @@ async def connect(
         )
     url = fleet_settings.store or f"file://{(folder / 'weights').resolve()}"
     store = FsspecStore(url, settings.run)
+    say = once(say)
     async with contextlib.AsyncExitStack() as stack:
         coordinator = RedisCoordinator(fleet_settings.redis_url, settings.run)
         stack.push_async_callback(coordinator.close)
         lease = await stack.enter_async_context(
-            hold(coordinator, lambda: max(store.versions(), default=-1), settings.run, status)
+            hold(coordinator, lambda: max(store.versions(), default=-1), settings.run, say)
+        )
+        patience = Patience(
+            servers=coordinator.servers,
+            min_servers=fleet_settings.min_servers,
+            wait_s=fleet_settings.wait_s,
+            pause_s=fleet_settings.pause_s,
+            tell=say,
         )
         store_url = await stack.enter_async_context(announced(fleet_settings, store, folder))
         fleet = Fleet(
@@ -114,6 +199,7 @@ async def connect(
             concurrency=settings.rollout.concurrency,
             timeout_s=settings.rollout.timeout_s,
             keep_nodes=fleet_settings.keep_nodes,
+            patience=patience,
         )
         stack.push_async_callback(fleet.close)
         publisher = Publisher(
@@ -125,7 +211,24 @@ async def connect(
             dtype=fleet_settings.dtype,
             keep=fleet_settings.keep_versions,
             anchor_every=fleet_settings.anchor_every,
-            wait_s=fleet_settings.wait_s,
-            status=status,
+            # One more than ours: the newest version is always on its way to somebody.
+            max_staleness=fleet_settings.max_staleness + 1,
+            wait_s=fleet_settings.pause_s,
+            status=say,
         )
-        yield coordinator, publisher, fleet
+        yield Connections(
+            coordinator=coordinator, publisher=publisher, patience=patience, fleet=fleet
+        )
+
+
+def once(say: Callable[[str], None]) -> Callable[[str], None]:
+    """Say nothing twice in a row, since who waits says so again and again."""
+    last = ""
+
+    def saying(text: str) -> None:
+        nonlocal last
+        if text != last:
+            say(text)
+        last = text
+
+    return saying

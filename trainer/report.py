@@ -1,7 +1,7 @@
 """What a run tells its user: progress while it runs, a table and a plot at its end."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from trainer.checkpoints import Progress
 from trainer.evaluate import Accuracy
+from trainer.ledger import Ledger
 
 SUMMARY = "summary.json"
 """In a run's folder once it is done: `Summary.as_json`."""
@@ -44,8 +45,8 @@ class Summary:
     """By phase."""
     versions: dict[str, int] = field(default_factory=dict)
     """Newest version that each server reached, by server id."""
-    dropped: dict[str, int] = field(default_factory=dict)
-    """Trees lost, by reason."""
+    trees: Ledger = field(default_factory=Ledger)
+    """What became of every tree that was asked for, resumptions included."""
     started: float = field(default_factory=time.monotonic)
 
     @contextmanager
@@ -61,12 +62,10 @@ class Summary:
         """Seconds of all phases but some."""
         return sum(seconds for name, seconds in self.seconds.items() if name not in without)
 
-    def add_step(self, reward: float, dropped: Mapping[str, int], progress: Progress) -> None:
-        """Count one step: its mean reward, the trees that it lost, and where the run stands after it."""
+    def add_step(self, reward: float, progress: Progress) -> None:
+        """Count one step: its mean reward, and where the run stands after it."""
         self.steps, self.sampled_tokens = progress.step, progress.sampled_tokens
         self.rewards.append(reward)
-        for reason, count in dropped.items():
-            self.dropped[reason] = self.dropped.get(reason, 0) + count
 
     def as_json(self) -> dict[str, Any]:
         """What a program wants to know of a finished run."""
@@ -77,7 +76,7 @@ class Summary:
             "seconds": self.seconds,
             "rewards": self.rewards,
             "measurements": [asdict(measurement) for measurement in self.measurements],
-            "dropped": self.dropped,
+            "trees": self.trees.as_json(),
         }
 
 
@@ -86,6 +85,10 @@ class Reporter(Protocol):
 
     def status(self, text: str) -> None:
         """What goes on now."""
+        ...
+
+    def say(self, text: str) -> None:
+        """A line that stays, such as what the run waits for."""
         ...
 
     def step(self, done: int, total: int, values: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ import hashlib
 
 from shared.wire import Message, Plan, Reward, RolloutTreeRequest, Sampling, Savings
 from trainer.data import Question
-from trainer.settings import DataSettings, RewardSettings
+from trainer.settings import DataSettings, InFlight, RewardSettings
 
 
 def tree_request(
@@ -19,6 +19,7 @@ def tree_request(
     seed: int | None,
     savings: Savings | None = None,
     min_weight_version: int = 0,
+    in_flight: InFlight = InFlight.CONTINUE,
     text: bool = False,
 ) -> RolloutTreeRequest:
     """The request of one question's tree.
@@ -35,6 +36,7 @@ def tree_request(
         seed: of the occasion; with the question's id it makes the tree's seed. None for a tree without one.
         savings: early decisions; None for none.
         min_weight_version: lowest version that may sample it.
+        in_flight: what becomes of it while new weights reach its server.
         text: whether nodes carry their text.
     """
     prompt = data.prompt.replace("{question}", question.text)
@@ -49,5 +51,6 @@ def tree_request(
         reward=Reward(name=reward.name, reference=question.reference, options=reward.options),
         savings=savings or Savings(),
         min_weight_version=min_weight_version,
+        in_flight=in_flight.value,
         return_text=text,
     )

@@ -5,13 +5,14 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from shared.errors import FleetError, RequestError
+from shared.errors import FleetError, NoTreeError, RequestError
 from shared.wire import RolloutTreeResponse
 from trainer.algorithms import AlgorithmName, AlgorithmSettings, Segment, advantages
 from trainer.algorithms.ppo import responses
 from trainer.config import TrainSettings
 from trainer.data import Draw, Question
 from trainer.fleet import Fleet
+from trainer.ledger import Dropped, Ledger
 from trainer.overlong import penalise
 from trainer.requests import tree_request
 
@@ -24,17 +25,30 @@ class Rollout:
     """Those that train, in the order of their questions; replacements last."""
     without_signal: list[RolloutTreeResponse] = field(default_factory=list)
     """Those that were replaced: sampled, paid for, and without any gradient."""
+    too_old: list[RolloutTreeResponse] = field(default_factory=list)
+    """Those with a token of a version that must not train any more."""
     refusals: list[RequestError] = field(default_factory=list)
+    lost: list[NoTreeError] = field(default_factory=list)
+    """Of those that no server gave."""
 
     @property
     def sampled(self) -> list[RolloutTreeResponse]:
         """Every tree that the servers sampled."""
-        return self.trees + self.without_signal
+        return self.trees + self.without_signal + self.too_old
 
     @property
     def dropped(self) -> dict[str, int]:
-        """Trees lost, by the field that the servers refused."""
-        return dict(Counter(refusal.field for refusal in self.refusals))
+        """How many trees do not train, by reason; see `ledger`."""
+        reasons = Counter(f"refused: {refusal.field}" for refusal in self.refusals)
+        reasons[Dropped.NO_SERVER] = len(self.lost)
+        reasons[Dropped.NO_SIGNAL] = len(self.without_signal)
+        reasons[Dropped.TOO_OLD] = len(self.too_old)
+        return {str(reason): count for reason, count in reasons.items() if count}
+
+    def drop_older(self, version: int) -> None:
+        """Set trees aside that have a token of a version before this one."""
+        self.too_old += [tree for tree in self.trees if tree.weight_versions.min < version]
+        self.trees = [tree for tree in self.trees if tree.weight_versions.min >= version]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,17 +60,20 @@ class Sampling:
         fleet: answers.
         draw: the questions.
         session: part of every request id: a resumed run never gets the trees of the one before it.
+        ledger: counts questions that come in place of others; those of a step itself count when it is admitted.
     """
 
     settings: TrainSettings
     fleet: Fleet
     draw: Draw
     session: str
+    ledger: Ledger = field(default_factory=Ledger)
 
     async def step(self, step: int, version: int) -> Rollout:
         """One tree for each of the step's questions.
 
-        A question that the servers refuse is dropped and counted: it would be refused again. With
+        A question that the servers refuse is dropped and counted: it would be refused again. So is a tree that no
+        server gives, though enough are alive. With
         `rollout.resample`, questions whose tree gives no gradient are replaced by others, at most so many a step.
 
         Args:
@@ -64,7 +81,7 @@ class Sampling:
             version: lowest weight version that may sample.
 
         Raises:
-            FleetError: a tree could not be had in time, or every question was refused.
+            FleetError: too few servers for longer than a pause may take, or not one tree could be had.
         """
         rollout = Rollout()
         questions = self.draw.step(step)
@@ -75,19 +92,21 @@ class Sampling:
             fruitless = self._sort(answers, rollout, keep_all=not self.settings.rollout.resample)
             questions = self.draw.others(step, used, min(fruitless, left))
             left -= len(questions)
+            self.ledger.asked += len(questions)
             used |= {question.id for question in questions}
         if not rollout.trees and rollout.without_signal:
             # All in vain: the step goes on with what there is, and trains nothing.
             rollout.trees, rollout.without_signal = rollout.without_signal, []
         if not rollout.trees:
+            reason = [*rollout.refusals, *rollout.lost][0]
             raise FleetError(
-                f"the servers refused every question of step {step + 1}; one says: {rollout.refusals[0]}"
+                f"the servers gave no tree for any question of step {step + 1}; of one they say: {reason}"
             )
         return rollout
 
     def _sort(
         self,
-        answers: Iterable[RolloutTreeResponse | RequestError],
+        answers: Iterable[RolloutTreeResponse | RequestError | NoTreeError],
         rollout: Rollout,
         *,
         keep_all: bool,
@@ -97,6 +116,8 @@ class Sampling:
         for answer in answers:
             if isinstance(answer, RequestError):
                 rollout.refusals.append(answer)
+            elif isinstance(answer, NoTreeError):
+                rollout.lost.append(answer)
             elif keep_all or has_signal(answer, self.settings.algorithm):
                 rollout.trees.append(answer)
             else:
@@ -106,7 +127,7 @@ class Sampling:
 
     async def _tree(
         self, step: int, version: int, question: Question
-    ) -> RolloutTreeResponse | RequestError:
+    ) -> RolloutTreeResponse | RequestError | NoTreeError:
         settings = self.settings
         request = tree_request(
             question,
@@ -119,10 +140,11 @@ class Sampling:
             seed=settings.seed * 1_000_003 + step if settings.rollout.reproducible else None,
             savings=settings.rollout.savings,
             min_weight_version=version,
+            in_flight=settings.rollout.in_flight,
         )
         try:
             tree = await self.fleet.rollout_tree(request)
-        except RequestError as error:
+        except (RequestError, NoTreeError) as error:
             return error
         return penalise(
             tree,

@@ -65,6 +65,15 @@ class RewardSettings(Settings):
     options: dict[str, Any] = Field(default_factory=dict)
 
 
+class InFlight(StrEnum):
+    """What becomes of a tree while new weights reach the server that samples it."""
+
+    CONTINUE = "continue"
+    """It goes on with them; each token says which version sampled it."""
+    RESTART = "restart"
+    """It is begun anew with them, so that it is of one version."""
+
+
 class RolloutSettings(Settings):
     """What is sampled in each step."""
 
@@ -81,6 +90,8 @@ class RolloutSettings(Settings):
     """Early decisions that save tokens, in training alone: an evaluation has none."""
     concurrency: int = Field(default=64, ge=1)
     """Most trees in flight."""
+    in_flight: InFlight = InFlight.CONTINUE
+    """What becomes of a tree while new weights arrive; matters with `fleet.max_staleness` above 0."""
     reproducible: bool = True
     """Seed every tree, so that equal weights sample equal trees; vLLM samples faster without."""
     timeout_s: float = Field(default=600.0, gt=0.0)
@@ -143,6 +154,17 @@ class Average(StrEnum):
     MICRO_BATCH = "micro_batch"
 
 
+class Correction(StrEnum):
+    """What a token weighs that other weights sampled than those the step starts from; see `losses`."""
+
+    TRUNCATED = "truncated"
+    """w = min(proximal probability / behaviour probability, limit)."""
+    MASKED = "masked"
+    """w where it lies between 1 / limit and limit; every other token leaves the loss."""
+    NONE = "none"
+    """1: the ratio is taken to the behaviour policy, as in synchronous training."""
+
+
 class ReplaySettings(Settings):
     """Segments that train in later iterations than the one that sampled them; see `replay`."""
 
@@ -196,6 +218,10 @@ class TrainerSettings(OptimizerSettings):
     whiten: Whitening = Whitening.BATCH
     average: Average = Average.TOKEN
     """How tokens are averaged into the loss; see `averaging`."""
+    correction: Correction = Correction.TRUNCATED
+    """For tokens that older weights sampled; read with `fleet.max_staleness` above 0 alone."""
+    correction_limit: float = Field(default=2.0, gt=1.0)
+    """C: the largest weight of a token (`truncated`), or where its probability may have moved to (`masked`)."""
     token_budget: int = Field(default=16384, ge=1)
     """Most tokens of a micro-batch, padding included."""
     checkpoint_every: int = Field(default=0, ge=0)
@@ -228,9 +254,16 @@ class FleetSettings(Settings):
     sampled anew there, and answers have about half of the bytes."""
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of the published weights."""
+    max_staleness: int = Field(default=0, ge=0)
+    """n: versions that a trained token may be older than the policy it trains. 0 is synchronous; above, rollouts
+    of the next n steps run while a step trains."""
     min_servers: int = Field(default=1, ge=1)
+    """Below so many live servers the run pauses."""
     wait_s: float = Field(default=300.0, gt=0.0)
-    """Bound of a wait for servers or for a version."""
+    """Bound of the wait for the first servers, and for a version to reach those that live; one that lags longer is
+    left behind."""
+    pause_s: float = Field(default=3600.0, gt=0.0)
+    """Bound of a pause, for servers or for a Redis that is away; then the run stops."""
     keep_versions: int = Field(default=3, ge=1)
     """Newest versions that stay in the store whatever the servers hold."""
     anchor_every: int = Field(default=10, ge=1)

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from trainer.algorithms.base import Segment
 from trainer.averaging import denominators, weights
 from trainer.critic import Critic, CriticReport
-from trainer.losses import LossSums, policy_loss, total
+from trainer.losses import LossSums, OffPolicy, policy_loss, total
 from trainer.optimizer import PolicyOptimizer, StepReport
 from trainer.packing import (
     PAD,
@@ -22,6 +22,7 @@ from trainer.packing import (
     rows,
 )
 from trainer.policy import score, token_logprobs
+from trainer.proximal import Proximal, rows_with, score_proximal
 from trainer.settings import TrainerSettings, Whitening
 from trainer.whiten import whiten_rows
 
@@ -58,6 +59,7 @@ class Learner:
         mask_threshold: rho of the probability mask; None for none.
         max_tokens: bound of a response, which `average = "constant"` divides by.
         critic: PPO's; None for every other algorithm.
+        off_policy: corrects for tokens that older weights sampled; None in synchronous training.
     """
 
     policy: PreTrainedModel
@@ -68,14 +70,34 @@ class Learner:
     mask_threshold: float | None
     max_tokens: int
     critic: Critic | None = None
+    off_policy: OffPolicy | None = None
 
-    def update(self, segments: Sequence[Segment]) -> UpdateReport:
+    def proximal(self, segments: Sequence[Segment]) -> Proximal | None:
+        """What the policy says now of all that a step trains; None where the step's updates do not ask for it."""
+        if self.off_policy is None or self.settings.updates_per_iteration == 1:
+            return None
+        return score_proximal(
+            self.policy,
+            segments,
+            mask_threshold=self.mask_threshold,
+            temperature=self.temperature,
+            token_budget=self.settings.token_budget,
+        )
+
+    def update(self, segments: Sequence[Segment], proximal: Proximal | None = None) -> UpdateReport:
         """Train once on these segments as one optimizer batch, the critic too where there is one.
+
+        Args:
+            segments: whole trees' shares of the step's.
+            proximal: of the whole step, from before its first update; None where this is its only one.
 
         The policy takes no step when nothing participates, when the mean importance ratio is above the limit, when
         the gradient is not finite, or while the critic warms up.
         """
-        packed = rows(segments, mask_threshold=self.mask_threshold)
+        if proximal is None:
+            packed = rows(segments, mask_threshold=self.mask_threshold)
+        else:
+            packed = rows_with(segments, proximal, mask_threshold=self.mask_threshold)
         critic = None
         if self.critic is not None and packed:
             critic = self.critic.update(packed)
@@ -86,7 +108,7 @@ class Learner:
         if not participating_tokens(packed):
             skip = self.optimizer.skip()
             return self._report(packed, [], 0.0, 0, skip, "nothing participates", critic)
-        sums, entropy, computed = self._gradient(packed)
+        sums, entropy, computed = self._gradient(packed, scored=proximal is not None)
         if total(sums).must_skip:
             skip = self.optimizer.skip()
             return self._report(packed, sums, entropy, computed, skip, "ratio", critic)
@@ -100,7 +122,9 @@ class Learner:
             if share > 0:
                 optimizer.total_steps = max(optimizer.steps + 1, round(optimizer.steps / share))
 
-    def _gradient(self, packed: Sequence[Row]) -> tuple[list[LossSums], float, int]:
+    def _gradient(
+        self, packed: Sequence[Row], *, scored: bool
+    ) -> tuple[list[LossSums], float, int]:
         """Add the batch's gradient; (sums of each micro-batch, sum of entropies, positions computed)."""
         micros = micro_batches(needed(packed), token_budget=self.settings.token_budget)
         divide = denominators(
@@ -112,13 +136,15 @@ class Learner:
             if self.settings.whiten is Whitening.MICRO_BATCH:
                 micro = whiten_rows(micro)
             batch = collate(micro, PAD, self.policy.device)
-            part, entropy_sum = self._backward(batch, denominator)
+            part, entropy_sum = self._backward(batch, denominator, scored=scored)
             sums.append(part)
             entropy += entropy_sum
             computed += batch.token_ids.numel()
         return sums, entropy, computed
 
-    def _backward(self, batch: Batch, denominator: float) -> tuple[LossSums, float]:
+    def _backward(
+        self, batch: Batch, denominator: float, *, scored: bool
+    ) -> tuple[LossSums, float]:
         """Add one micro-batch's gradient; (its sums, its sum of entropies)."""
         reference = None
         if self.reference is not None:
@@ -137,6 +163,8 @@ class Learner:
             kl_coef=self.settings.kl_coef,
             ref_logprobs=reference,
             kl=self.settings.kl,
+            off_policy=self.off_policy,
+            proximal_logprobs=batch.proximal_logprobs if scored else None,
         )
         result.loss.backward()  # type: ignore[no-untyped-call]  # torch's own
         return result.sums, float(scores.entropy.sum())

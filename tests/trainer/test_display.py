@@ -1,6 +1,7 @@
 """What a run shows: plain lines where there is no terminal, a live bar where there is one, a table and a plot."""
 
 import io
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from rich.console import Console
 
 from trainer.display import Display, show_summary
 from trainer.evaluate import Accuracy
+from trainer.ledger import Ledger
 from trainer.report import Measurement, Summary, plot
 
 VALUES = {
@@ -41,7 +43,7 @@ def summary(folder: Path) -> Summary:
         measurement(3, 0.55, 0.7),
     ]
     made.versions = {"server-1": 3}
-    made.dropped = {"prompt": 2}
+    made.trees = Ledger(asked=9, trained=7, dropped=Counter({"refused: prompt": 2}))
     return made
 
 
@@ -77,7 +79,8 @@ def test_the_table_at_the_end_says_what_happened(tmp_path: Path) -> None:
         "+10.0 points",
         "12,345",
         "server-1 reached version",
-        "trees dropped for prompt",
+        "trees dropped, refused: prompt",
+        "7 of 9",
     ):
         assert text in shown
     assert str(tmp_path / "learning_curve.png") in shown

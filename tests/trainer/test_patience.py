@@ -1,0 +1,154 @@
+"""Waits of the trainer against scripted fleet tables: whom it waits for, what it says, and when it gives up."""
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from shared.errors import CoordinationError, FleetError, LeaseError
+from shared.fleet import Head, ServerRecord, ServerState
+from trainer.fleet import registered
+from trainer.patience import Patience
+
+HEAD = Head(version=2, manifest_digest="m", weights_digest="w", store="s")
+
+
+def record(
+    name: str, version: int = 2, state: ServerState = ServerState.READY, error: str | None = None
+) -> ServerRecord:
+    return ServerRecord(
+        server_id=name, url=f"http://{name}", state=state, version=version,
+        digest="w" if version == 2 else "x", model="m", engine="e", last_error=error, updated_at=0.0,
+    )  # fmt: skip
+
+
+class FakeTable:
+    """Scripted fleet tables, one a call; the last one stays. An error is raised."""
+
+    def __init__(self, *tables: Sequence[ServerRecord] | Exception) -> None:
+        self.tables = list(tables)
+        self.calls = 0
+
+    async def servers(self) -> list[ServerRecord]:
+        self.calls += 1
+        table = self.tables.pop(0) if len(self.tables) > 1 else self.tables[0]
+        if isinstance(table, Exception):
+            raise table
+        return list(table)
+
+
+def patience(
+    *tables: Sequence[ServerRecord] | Exception,
+    min_servers: int = 1,
+    wait_s: float = 5.0,
+    pause_s: float = 5.0,
+) -> tuple[Patience, list[str]]:
+    said: list[str] = []
+    return (
+        Patience(
+            servers=FakeTable(*tables).servers,
+            min_servers=min_servers,
+            wait_s=wait_s,
+            pause_s=pause_s,
+            tell=said.append,
+        ),
+        said,
+    )
+
+
+AWAY = CoordinationError("Redis at redis://r does not answer: refused")
+
+
+async def test_below_min_servers_it_pauses_says_so_once_and_goes_on() -> None:
+    both = [record("a"), record("b")]
+    waiting, said = patience([record("a")], [record("a")], both, min_servers=2)
+    assert [r.server_id for r in await waiting.followed(HEAD)] == ["a", "b"]
+    assert said == [
+        "1 of 2 servers alive; waiting, at most 5 s",
+        "2 of 2 servers alive; going on",
+    ]
+
+
+async def test_a_pause_is_not_counted_against_those_that_come_back() -> None:
+    """They have `wait_s` from when they are back, however long the pause was."""
+    late = [record("a", 1), record("b", 1)]
+    waiting, _ = patience(
+        *[[record("a", 1)]] * 4, late, [record("a"), record("b")], min_servers=2, wait_s=0.3
+    )
+    assert len(await waiting.followed(HEAD)) == 2
+
+
+@pytest.mark.parametrize("state", [ServerState.STALE, ServerState.LOADING, ServerState.DRAINING])
+async def test_who_does_not_serve_is_not_waited_for(state: ServerState) -> None:
+    waiting, said = patience([record("a"), record("b", 1, state)])
+    async with asyncio.timeout(1):
+        assert [r.server_id for r in await waiting.followed(HEAD)] == ["a"]
+    assert said == []
+
+
+async def test_a_laggard_is_waited_for_once() -> None:
+    slow = [record("a"), record("b", 1, error="disk full")]
+    waiting, said = patience(slow, wait_s=0.2)
+    await waiting.followed(HEAD)
+    assert said == ["b does not follow to version 2 (disk full); it is left behind until it does"]
+    waiting.wait_s = 60.0
+    async with asyncio.timeout(1):
+        await waiting.followed(HEAD)
+    assert len(said) == 1
+    # Once it has caught up, it is waited for like any other.
+    waiting.servers = FakeTable([record("a"), record("b")]).servers
+    await waiting.followed(HEAD)
+    assert waiting.behind == {}
+
+
+async def test_with_a_grace_the_others_have_that_much_more() -> None:
+    waiting, said = patience([record("a"), record("b", 1)], wait_s=60.0)
+    async with asyncio.timeout(2):
+        holders = await waiting.followed(HEAD, all_within_s=0.1)
+    assert [r.server_id for r in holders] == ["a"]
+    assert (said, waiting.behind) == ([], {})  # it is slower than others, and no worse
+
+
+async def test_enough_that_do_not_follow_are_an_error_that_says_what_they_say() -> None:
+    waiting, _ = patience(
+        [record("a"), record("b", 1, error="disk full")], min_servers=2, wait_s=0.1
+    )
+    with pytest.raises(
+        FleetError, match=r"1 of at least 2 servers hold it after 0 s; b: disk full"
+    ):
+        await waiting.followed(HEAD)
+
+
+async def test_the_pause_has_a_bound_and_a_remedy() -> None:
+    waiting, _ = patience([], pause_s=0.1)
+    with pytest.raises(FleetError, match=r"0 of 1 servers alive after a pause.*--resume"):
+        await waiting.enough()
+
+
+async def test_redis_away_is_waited_for_and_told_once() -> None:
+    waiting, said = patience(AWAY, AWAY, [record("a")])
+    assert await waiting.enough() is False
+    assert said == [f"{AWAY}; the run waits, at most 5 s", "Redis answers; the run goes on"]
+
+
+async def test_redis_away_for_too_long_is_an_error_and_a_lost_lease_at_once() -> None:
+    waiting, _ = patience(AWAY, pause_s=0.1)
+    with pytest.raises(CoordinationError, match="given up after 0 s"):
+        await waiting.enough()
+    waiting, said = patience(LeaseError("another trainer"))
+    with pytest.raises(LeaseError):
+        await waiting.enough()
+    assert said == []
+
+
+async def test_trees_go_to_the_last_known_servers_while_redis_is_away() -> None:
+    table = FakeTable([record("a")], AWAY, [], AWAY, [record("b")])
+    servers = registered(table)  # type: ignore[arg-type]
+    listed = [[target.url for target in await servers()] for _ in range(5)]
+    # A Redis that restarted empty names nobody, and is not what is remembered.
+    assert listed == [["http://a"], ["http://a"], [], ["http://a"], ["http://b"]]
+
+
+async def test_a_redis_that_never_answered_is_an_error() -> None:
+    with pytest.raises(CoordinationError, match="does not answer"):
+        await registered(FakeTable(AWAY))()  # type: ignore[arg-type]

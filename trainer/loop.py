@@ -1,0 +1,223 @@
+"""The training loop, top to bottom: rollout, advantages, update, publish, measure.
+
+    questions -> trees (fleet) -> segments with advantages -> optimizer updates -> version v+1 -> fleet -> …
+
+With `fleet.max_staleness` 0 it is synchronous: the next rollout waits until every live server holds the weights of
+the last update, so every token is sampled by the policy that the update starts from. Above 0, trees of the next
+steps are sampled while a step trains, and versions reach the fleet in the background; see `pipeline`.
+"""
+
+import asyncio
+import math
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from shared.fleet import Head, ServerRecord
+from shared.wire import RolloutTreeResponse
+from trainer import checkpoints, metrics
+from trainer.algorithms import Segment
+from trainer.checkpoints import Progress
+from trainer.config import TrainSettings
+from trainer.measuring import Measuring
+from trainer.packing import optimizer_batches
+from trainer.pipeline import Pipeline
+from trainer.policy import DTYPES, state_tensors
+from trainer.prepare import Connections
+from trainer.publication import Publication
+from trainer.replay import Replay
+from trainer.report import Reporter, Summary
+from trainer.rollouts import segments_of
+from trainer.update import Learner, UpdateReport
+
+NOT_TRAINING = frozenset({"measure", "checkpoint"})
+"""Phases that no budget counts."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Trainer:
+    """One run in progress."""
+
+    settings: TrainSettings
+    learner: Learner
+    replay: Replay | None
+    to: Connections
+    publication: Publication | None
+    """None in synchronous training."""
+    pipeline: Pipeline
+    measuring: Measuring
+    reporter: Reporter
+    summary: Summary
+    log: metrics.MetricsLog
+    progress: Progress
+    earlier_seconds: float = 0.0
+    """Spent on training before this process resumed the run."""
+
+    async def run(self) -> Summary:
+        """Train from where the run stands to its last step, or to the end of its budget."""
+        total = self.settings.trainer.steps
+        await self.publish(self.pipeline.first_version, wait=True)
+        await self.measure("before")
+        try:
+            for step in range(self.progress.step, total):
+                if self.share >= 1:
+                    break
+                before = self.share
+                values = await self.step(step)
+                self.log.write(step + 1, values)
+                self.reporter.step(step + 1, total, values)
+                await self.finish_step(step + 1, before)
+        finally:
+            await self.pipeline.close()
+        await self.measure("after")
+        return self.summary
+
+    @property
+    def share(self) -> float:
+        """How much of the run is done, by steps or by whichever budget is nearer its end; 1 is all."""
+        settings, progress = self.settings.trainer, self.progress
+        return max(
+            progress.step / settings.steps,
+            progress.sampled_tokens / (settings.budget_tokens or math.inf),
+            progress.seconds / (settings.budget_seconds or math.inf),
+        )
+
+    async def step(self, step: int) -> dict[str, Any]:
+        """One iteration; returns its metrics."""
+        before = dict(self.summary.seconds)
+        with self.summary.phase("rollout"):
+            self.reporter.status("rollout")
+            rollout = await self.pipeline.take(step)
+        with self.summary.phase("advantages"):
+            fresh = await asyncio.to_thread(self.advantages, rollout.trees)
+            segments = self.replayed(fresh, step)
+        with self.summary.phase("update"):
+            # In a thread, so that the lease is renewed meanwhile.
+            updates = await asyncio.to_thread(self.learn, segments, step)
+        trained, version = (
+            metrics.of_staleness(segments, self.progress.version),
+            self.progress.version,
+        )
+        await self.publish(version + 1, wait=self.publication is None)
+        sampled = metrics.of_trees(rollout.sampled)
+        spent = {name: s - before.get(name, 0.0) for name, s in self.summary.seconds.items()}
+        self.progress = replace(
+            self.progress,
+            step=step + 1,
+            sampled_tokens=self.progress.sampled_tokens + sampled["tokens"]["sampled"],
+            seconds=self.earlier_seconds + self.summary.seconds_of_training(NOT_TRAINING),
+        )
+        if self.share < 1:
+            self.pipeline.admit(step + 1)
+        trees = self.summary.trees.as_json()
+        self.progress = replace(self.progress, trees=trees)
+        self.summary.add_step(sampled["reward"]["mean"], self.progress)
+        return {
+            **sampled,
+            **metrics.of_segments(fresh, rollout.trees),
+            **metrics.of_updates(updates),
+            **metrics.of_replay(self.replay, segments),
+            **trained,
+            "replaced_trees": len(rollout.without_signal),
+            "dropped_trees": rollout.dropped,
+            "ledger": trees,
+            "version": self.progress.version,
+            "sampled_tokens_total": self.progress.sampled_tokens,
+            "seconds": spent,
+            "published": [asdict(report) for report in self.to.publisher.reports()],
+        }
+
+    def advantages(self, trees: Sequence[RolloutTreeResponse]) -> list[Segment]:
+        """The step's segments with their advantages; under ppo, from the critic as it stands before the update."""
+        algorithm = self.settings.algorithm
+        segments = [segment for tree in trees for segment in segments_of(tree, algorithm)]
+        critic = self.learner.critic
+        return segments if critic is None else critic.estimate(segments, algorithm)
+
+    def replayed(self, fresh: Sequence[Segment], step: int) -> Sequence[Segment]:
+        """What trains in this step: the fresh segments, or a choice of all that wait."""
+        if self.replay is None:
+            return fresh
+        self.replay.add(fresh, step)
+        return self.replay.take(step)
+
+    def learn(self, segments: Sequence[Segment], step: int) -> list[UpdateReport]:
+        """The step's optimizer updates, each on its share of the trees."""
+        self.reporter.status("update")
+        settings = self.settings.trainer
+        if settings.budget_tokens or settings.budget_seconds:
+            self.learner.follow(self.share)
+        proximal = self.learner.proximal(segments)
+        reports = []
+        for epoch in range(settings.epochs):
+            rng = random.Random(f"{self.settings.seed}/{step}/{epoch}")
+            for batch in optimizer_batches(segments, settings.updates_per_step, rng):
+                reports.append(self.learner.update(batch, proximal))
+        return reports
+
+    async def publish(self, version: int, *, wait: bool) -> None:
+        """Hand the weights to the fleet.
+
+        Args:
+            version: their number.
+            wait: until the fleet holds them; else the next rollouts wait for that, and training goes on as soon as
+                the weights are copied.
+        """
+        self.reporter.status(f"publishing version {version}")
+        phase = self.summary.phase
+        with phase("publish" if wait else "snapshot"):
+            begun = time.monotonic()
+            dtype = DTYPES[self.settings.fleet.dtype]
+            tensors = await asyncio.to_thread(state_tensors, self.learner.policy, dtype)
+            snapshot_s = time.monotonic() - begun
+            if wait:
+                head = await self.to.publisher.publish(version, tensors, snapshot_s=snapshot_s)
+            elif self.publication is not None:
+                self.publication.start(version, tensors, snapshot_s)
+        self.progress = replace(self.progress, version=version)
+        if wait:
+            with phase("wait for fleet"):
+                holders = await self.to.patience.followed(head)
+            if self.publication is not None:
+                self.publication.held = version
+            await self.followed(head, holders)
+
+    async def followed(self, head: Head, holders: Sequence[ServerRecord]) -> None:
+        """A version is held by the fleet: note who holds it, and let go of what nobody needs."""
+        for record in holders:
+            self.summary.versions[record.server_id] = record.version
+        await self.to.publisher.collect(head.version)
+
+    async def finish_step(self, done: int, share_before: float) -> None:
+        """Checkpoint and measure where it is time to."""
+        settings = self.settings
+        last = done == settings.trainer.steps or self.share >= 1
+        every = settings.trainer.checkpoint_every
+        if last or (every and done % every == 0):
+            with self.summary.phase("checkpoint"):
+                await asyncio.to_thread(
+                    checkpoints.save,
+                    self.summary.folder,
+                    self.learner,
+                    settings.model.path,
+                    self.replay,
+                    self.progress,
+                )
+        every, points = settings.evaluation.every, settings.evaluation.points
+        due = (every and done % every == 0) or int(points * self.share) > int(points * share_before)
+        if due and not last:
+            await self.measure("during")
+
+    async def measure(self, label: str) -> None:
+        """Held-out accuracy of the policy as it stands; trees of later steps go on meanwhile."""
+        during = label == "during"
+        count = len(self.measuring.questions(during=during))
+        self.reporter.status(f"measuring {count} held-out questions")
+        with self.summary.phase("measure"):
+            if self.publication is not None:
+                await self.publication.settled()
+            measurement = await self.measuring.measure(self.progress, during=during)
+        self.summary.measurements.append(measurement)
+        self.reporter.measured(label, measurement)

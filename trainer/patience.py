@@ -1,0 +1,188 @@
+"""How the trainer waits for others: with a message, and never for ever.
+
+Below `min_servers`, or while Redis is away, the run pauses and says so; it goes on by itself when they are back,
+and stops with one line after `pause_s`.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Self, TypeVar
+
+from shared.errors import CoordinationError, FleetError, LeaseError
+from shared.fleet import Head, ServerRecord
+
+T = TypeVar("T")
+Servers = Callable[[], Awaitable[list[ServerRecord]]]
+"""The live servers' records; raises CoordinationError while Redis is away."""
+
+POLL_S = 0.02
+PAUSED_POLL_S = 0.25
+"""While paused, where nothing is urgent."""
+
+
+def nothing(text: str) -> None:
+    """Tell nobody."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Patience:
+    """Waits of one run.
+
+    Args:
+        servers: lists the live servers.
+        min_servers: below so many that serve, the run pauses.
+        wait_s: bound of the wait for a version to reach the servers that live.
+        pause_s: bound of a pause.
+        tell: shows a line that stays.
+    """
+
+    servers: Servers
+    min_servers: int
+    wait_s: float
+    pause_s: float
+    tell: Callable[[str], None] = nothing
+    behind: dict[str, int] = field(default_factory=dict)
+    """Servers that did not follow to a version within `wait_s`: nobody waits for them until they hold it."""
+
+    async def through_outage(self, call: Callable[[], Awaitable[T]], what: str) -> T:
+        """The result of a call to Redis, made again while Redis is away.
+
+        Raises:
+            LeaseError: another trainer has the run.
+            CoordinationError: Redis was away for longer than `pause_s`; it names the address.
+        """
+        pause = _Pause.of(self)
+        while True:
+            try:
+                result = await call()
+            except (LeaseError, FleetError):
+                raise
+            except CoordinationError as error:
+                if pause.over:
+                    raise CoordinationError(
+                        f"{error}; given up after {self.pause_s:.0f} s"
+                    ) from None
+                pause.say(f"{error}; {what} waits, at most {self.pause_s:.0f} s")
+                await asyncio.sleep(PAUSED_POLL_S)
+            else:
+                pause.end(f"Redis answers; {what} goes on")
+                return result
+
+    async def enough(self) -> bool:
+        """Wait until `min_servers` serve; whether that took a pause.
+
+        Raises:
+            FleetError: they did not come back within `pause_s`.
+            CoordinationError: Redis was away for longer.
+        """
+        pause = _Pause.of(self)
+        while True:
+            serving = [r for r in await self._records() if r.state.serves]
+            if len(serving) >= self.min_servers:
+                pause.end(f"{len(serving)} of {self.min_servers} servers alive; going on")
+                return pause.said
+            pause.wait_for_servers(len(serving))
+            await asyncio.sleep(PAUSED_POLL_S)
+
+    async def followed(
+        self, head: Head, *, all_within_s: float | None = None
+    ) -> list[ServerRecord]:
+        """Wait until every server that serves holds the head, and at least `min_servers` of them.
+
+        A server that dies, is stale or still loads is not waited for; nor, once `min_servers` hold the head, is
+        one that lags for longer than `wait_s`, until it has caught up. New servers count once they serve.
+
+        Args:
+            head: announced.
+            all_within_s: bound of the wait for the others once `min_servers` hold the head, where those are enough
+                to go on; nobody counts as left behind then. None is `wait_s` from the start.
+
+        Returns:
+            Records of the servers that hold it.
+
+        Raises:
+            FleetError: too few servers are alive for longer than `pause_s`, or enough are and too few of them hold
+                the head within `wait_s`; it names what the others say.
+            CoordinationError: Redis was away for longer than `pause_s`.
+        """
+        pause = _Pause.of(self)
+        deadline, enough = time.monotonic() + self.wait_s, float("inf")
+        while True:
+            serving = [r for r in await self._records() if r.state.serves]
+            holders = [r for r in serving if head.held_by(r)]
+            others = [r for r in serving if not head.held_by(r)]
+            for r in serving:
+                if r.version >= self.behind.get(r.server_id, r.version + 1):
+                    del self.behind[r.server_id]
+            now = time.monotonic()
+            late = now > deadline
+            if len(holders) >= self.min_servers:
+                if all_within_s is not None:
+                    enough = min(enough, now + all_within_s)
+                if late:
+                    self._leave_behind(head, others)
+                if late or now > enough or all(r.server_id in self.behind for r in others):
+                    pause.end(f"{len(holders)} of {self.min_servers} servers alive; going on")
+                    return holders
+            if len(serving) < self.min_servers:
+                pause.wait_for_servers(len(serving))
+                deadline = time.monotonic() + self.wait_s  # those that come back have their time
+                await asyncio.sleep(PAUSED_POLL_S)
+                continue
+            if late and len(holders) < self.min_servers:
+                says = "; ".join(f"{r.server_id}: {r.last_error or r.state}" for r in others)
+                raise FleetError(
+                    f"version {head.version}: {len(holders)} of at least {self.min_servers} servers hold it "
+                    f"after {self.wait_s:.0f} s; {says}"
+                )
+            await asyncio.sleep(POLL_S)
+
+    def _leave_behind(self, head: Head, others: list[ServerRecord]) -> None:
+        new = [r for r in others if r.server_id not in self.behind]
+        self.behind |= {r.server_id: head.version for r in new}
+        for r in new:
+            self.tell(
+                f"{r.server_id} does not follow to version {head.version} "
+                f"({r.last_error or r.state}); it is left behind until it does"
+            )
+
+    async def _records(self) -> list[ServerRecord]:
+        return await self.through_outage(self.servers, "the run")
+
+
+@dataclass(slots=True, kw_only=True)
+class _Pause:
+    """One wait: its bound, and whether anybody was told."""
+
+    patience: Patience
+    until: float
+    said: bool = False
+
+    @classmethod
+    def of(cls, patience: Patience) -> Self:
+        return cls(patience=patience, until=time.monotonic() + patience.pause_s)
+
+    @property
+    def over(self) -> bool:
+        return time.monotonic() > self.until
+
+    def say(self, text: str) -> None:
+        """Once a pause."""
+        if not self.said:
+            self.patience.tell(text)
+        self.said = True
+
+    def end(self, text: str) -> None:
+        if self.said:
+            self.patience.tell(text)
+
+    def wait_for_servers(self, alive: int) -> None:
+        wanted, bound = self.patience.min_servers, self.patience.pause_s
+        if self.over:
+            raise FleetError(
+                f"{alive} of {wanted} servers alive after a pause of {bound:.0f} s; start servers, then "
+                "--resume, or lower fleet.min_servers"
+            )
+        self.say(f"{alive} of {wanted} servers alive; waiting, at most {bound:.0f} s")
