@@ -25,9 +25,8 @@ from trainer.optimizer import PolicyOptimizer
 from trainer.patience import Patience
 from trainer.policy import DTYPES, load_policy, recompute_activations
 from trainer.publish import Publisher
-from trainer.serving import announced
-from trainer.settings import KLEstimator
 from trainer.replay import Replay
+from trainer.serving import announced
 from trainer.settings import Correction, KLEstimator
 from trainer.update import Learner
 
