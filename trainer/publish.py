@@ -171,9 +171,13 @@ class Publisher:
         except asyncio.CancelledError:
             given_up.set()
             raise
-        except WeightsError:
-            if not await asyncio.to_thread(self._is_stored, manifest):
-                raise
+        except WeightsError as error:
+            if await asyncio.to_thread(self._is_stored, manifest):
+                return
+            if not isinstance(error.__cause__, OSError):
+                # Refused: who was overtaken is told of that, and not of the number that the other one used.
+                await self._patiently(self._lease.check, f"version {manifest.version}")
+            raise
 
     def _is_stored(self, manifest: Manifest) -> bool:
         """Did an earlier attempt succeed, whose answer was lost?"""
