@@ -15,6 +15,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -293,7 +294,8 @@ class FaultyStore:
                 self.stalled.set()
                 self.release.wait(120)
             else:
-                request.connection.close()
+                request.connection.shutdown(socket.SHUT_RDWR)  # close alone leaves rfile's hold on it
+                request.close_connection = True
                 return
             body = body[len(body) // 2 :]
         request.wfile.write(body)
