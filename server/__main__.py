@@ -49,6 +49,13 @@ def parser() -> argparse.ArgumentParser:
         default=0.9,
         help="share of a GPU that vLLM may take",
     )
+    add(
+        "--weight-transfer",
+        choices=["nccl", "gloo"],
+        default=None,
+        help="weights may come by broadcast from a trainer of the same cluster (vLLM): nccl between GPUs; gloo "
+        "between CPUs, for tests",
+    )
     add("--seed", type=int, default=None, help="of the engine; requests may bring their own")
     add("--host", default="127.0.0.1")
     add("--port", type=int, default=8000, help="0 takes a free one")
@@ -201,6 +208,7 @@ def settings(arguments: Sequence[str] | None) -> "ServerSettings":
             kv_cache_gib=args.kv_cache_gib,
             max_batch=args.max_batch,
             gpu_memory_utilization=args.gpu_memory_utilization,
+            weight_transfer=args.weight_transfer,
         ),
         host=args.host,
         port=args.port,

@@ -31,6 +31,7 @@ from server.sending import SendLimit
 from server.service import RolloutService
 from server.status import Status
 from server.streaming import node_stream
+from server.transfer_routes import add_transfer_routes
 from server.weights_routes import add_weights_routes
 from shared.codec import MediaType, choose
 from shared.errors import BusyError, RequestError
@@ -84,7 +85,11 @@ class Holder:
 
 
 def create_app(
-    holder: Holder, *, tokens: TokenTable | None = None, limits: Limits | None = None
+    holder: Holder,
+    *,
+    tokens: TokenTable | None = None,
+    limits: Limits | None = None,
+    transfers: bool = False,
 ) -> FastAPI:
     """The application around one server's holder.
 
@@ -92,11 +97,14 @@ def create_app(
         holder: what the routes reach.
         tokens: that requests must bring; None asks for none.
         limits: of a request; None for the usual ones.
+        transfers: weights may come by broadcast.
     """
     limits = limits or Limits()
     app = FastAPI(title="Spoke rollout server", version="0.1.0", docs_url="/docs", redoc_url=None)
     app.router.route_class = StrictRoute
     _add_routes(app, holder, limits)
+    if transfers:
+        add_transfer_routes(app, holder)
     add_error_handlers(app)
     app.add_middleware(BodyLimit, limits=limits)
     app.add_middleware(Guard, tokens=tokens)

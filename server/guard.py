@@ -5,6 +5,7 @@
 | `/livez`, `/readyz`, `/openapi.json`, `/docs` | none: probes and documentation |
 | `/metrics` | `metrics` |
 | `/weights/{run}/{version}/{name}` | `weights` |
+| `/weight_transfer/…` | `admin` |
 | every other one, known or not | `rollout` |
 
 Websockets are refused: nothing here speaks them.
@@ -30,6 +31,8 @@ def needed(path: str) -> Scope | None:
         return Scope.METRICS
     if path.startswith("/weights/") and path.count("/") > 2:
         return Scope.WEIGHTS
+    if path.startswith("/weight_transfer/"):
+        return Scope.ADMIN
     return Scope.ROLLOUT
 
 

@@ -54,7 +54,12 @@ async def serve(settings: ServerSettings, listener: socket.socket) -> int:
     status = Status(server_id=settings.server_id, standing=Standing(max_lag=settings.max_lag))
     holder = Holder(status, liveness_s=settings.liveness_s)
     config = uvicorn.Config(
-        create_app(holder, tokens=settings.tokens, limits=settings.limits),
+        create_app(
+            holder,
+            tokens=settings.tokens,
+            limits=settings.limits,
+            transfers=settings.engine_settings.weight_transfer is not None,
+        ),
         log_level="warning",
         timeout_graceful_shutdown=HAND_BACK_S,
         lifespan="off",

@@ -53,6 +53,9 @@ def version_of(name: str) -> int | None:
 class WeightReader(Protocol):
     """Whoever hands out the bytes of a run's versions: a store, or a server that holds some of them."""
 
+    url: str
+    """For people: without user and password."""
+
     def manifest(self, version: int) -> Manifest:
         """The version's manifest, checked.
 

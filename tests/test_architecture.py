@@ -19,6 +19,7 @@ ONLY_IN = {
         "server/engines/vllm.py",
         "server/engines/vllm_openai.py",
         "server/engines/vllm_start.py",
+        "server/engines/vllm_transfer_worker.py",
         "server/engines/vllm_worker.py",
     },
     "redis": {"shared/coordination.py"},

@@ -14,7 +14,7 @@ import contextlib
 import os
 import secrets
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 from typing import Protocol
 
 from shared import coordination
@@ -35,7 +35,7 @@ class Lease:
 
     Args:
         coordinator: Redis.
-        newest_stored: the newest version with a manifest in the store, -1 without; called in a thread.
+        stored: the versions with a manifest in the store; called in a thread.
         run: name of the run, for messages.
         status: shows what is waited for.
     """
@@ -43,18 +43,20 @@ class Lease:
     def __init__(
         self,
         coordinator: RunCoordinator,
-        newest_stored: Callable[[], int],
+        stored: Callable[[], Collection[int]],
         run: str,
         status: Callable[[str], None],
     ) -> None:
         self._coordinator = coordinator
-        self._newest_stored = newest_stored
+        self._stored = stored
         self._run = run
         self._status = status
         self._owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self._token: str | None = None
         self._released = False
-        self._ours = -1
+        self._found = -1
+        """The newest version when the run was taken."""
+        self._begun: set[int] = set()
         self._head: Head | None = None
         self._lock = asyncio.Lock()
 
@@ -67,11 +69,16 @@ class Lease:
             WeightsError: the store is away.
         """
         self._token = await self._acquire()
-        self._ours, _ = await self._newest()
+        known, _ = await self._known()
+        self._found = max(known, default=-1)
 
     def begin(self, version: int) -> None:
         """From now on this version in the store is ours."""
-        self._ours = max(self._ours, version)
+        self._begun.add(version)
+
+    @property
+    def _last(self) -> int:
+        return max(self._begun, default=self._found)
 
     async def check(self) -> None:
         """Return only if the run is ours now; a lease that is gone is taken again where nobody else has trained.
@@ -157,14 +164,14 @@ class Lease:
                 held = error
             await asyncio.sleep(POLL_S)
 
-    async def _newest(self) -> tuple[int, Head | None]:
-        """(newest version that is announced or stored, the head)."""
+    async def _known(self) -> tuple[set[int], Head | None]:
+        """(versions that are announced or stored, the head)."""
         head = await self._coordinator.head()
         try:
-            stored = await asyncio.to_thread(self._newest_stored)
+            stored = await asyncio.to_thread(self._stored)
         except OSError as error:
             raise WeightsError(f"the weight store of run {self._run!r}: {error}") from error
-        return max(stored, -1 if head is None else head.version), head
+        return {*stored, *([head.version] if head else [])}, head
 
     async def _take_again(self) -> None:
         self._status(f"the lease on run {self._run!r} is gone; taking it again")
@@ -173,22 +180,25 @@ class Lease:
         except LeaseHeldError as error:
             raise LeaseError(
                 f"run {self._run!r} was taken over by {error.owner}: this trainer was stopped for longer than its "
-                f"lease of {coordination.LEASE_S:.0f} s, or Redis lost it; its last version is {self._ours}"
+                f"lease of {coordination.LEASE_S:.0f} s, or Redis lost it; its last version is {self._last}"
             ) from None
-        newest, head = await self._newest()
+        known, head = await self._known()
         ours = self._head
+        # Not by what is newest: a number of ours may lie above those that another trainer used meanwhile.
+        strange = {version for version in known if version > self._found} - self._begun
         replaced = (
             head is not None
             and ours is not None
             and head.version == ours.version
             and head.manifest_digest != ours.manifest_digest
         )
-        if newest > self._ours or replaced:
+        if strange or replaced:
             with contextlib.suppress(CoordinationError):
                 await self._coordinator.renew_lease(token, release=True)
             raise LeaseError(
-                f"run {self._run!r} was trained by another trainer meanwhile: version {newest} is not of this "
-                f"one, whose last is {self._ours}; go on from the other's checkpoints, or use another --run"
+                f"run {self._run!r} was trained by another trainer meanwhile: version {max(strange or known)} "
+                f"is not of this one, whose last is {self._last}; go on from the other's checkpoints, or use "
+                "another --run"
             )
         self._token = token
 
@@ -196,7 +206,7 @@ class Lease:
 @contextlib.asynccontextmanager
 async def hold(
     coordinator: RunCoordinator,
-    newest_stored: Callable[[], int],
+    stored: Callable[[], Collection[int]],
     run: str,
     status: Callable[[str], None],
 ) -> AsyncIterator[Lease]:
@@ -209,7 +219,7 @@ async def hold(
         CoordinationError: Redis is away at the start.
         WeightsError: the store is away at the start.
     """
-    lease = Lease(coordinator, newest_stored, run, status)
+    lease = Lease(coordinator, stored, run, status)
     body = asyncio.current_task()
     assert body is not None
 

@@ -183,7 +183,7 @@ async def connect(
         coordinator = RedisCoordinator(fleet_settings.redis_url, settings.run)
         stack.push_async_callback(coordinator.close)
         lease = await stack.enter_async_context(
-            hold(coordinator, lambda: max(store.versions(), default=-1), settings.run, say)
+            hold(coordinator, store.versions, settings.run, say)
         )
         patience = Patience(
             servers=coordinator.servers,

@@ -49,6 +49,8 @@ async def open_engine(name: EngineName, settings: EngineSettings) -> Engine:
         from server.engines.vllm import open_engine as open_vllm
 
         return await open_vllm(settings)
+    if settings.weight_transfer is not None:
+        raise ConfigError("--weight-transfer: vLLM alone takes broadcasts; use --engine vllm")
     from server.engines.transformers import open_engine as open_transformers
 
     return await open_transformers(settings)

@@ -12,6 +12,7 @@ from typing import Protocol, runtime_checkable
 from starlette.types import ASGIApp
 
 from shared.errors import EngineError
+from shared.transfer import TransferGroup, TransferOffer
 from shared.tree import FinishReason
 
 
@@ -218,6 +219,34 @@ class SpeaksOpenAI(Protocol):
             name: by which requests call the model.
         """
         ...
+
+
+class Transfer(Protocol):
+    """An engine's place in a group that a trainer broadcasts weights to."""
+
+    async def join(self, group: TransferGroup) -> None:
+        """Meet the trainer and the other engines; see `VllmTransfer.join`."""
+        ...
+
+    def check(self, offer: TransferOffer) -> None:
+        """Raise WeightsError where a version could not be received now."""
+        ...
+
+    async def receive(self, offer: TransferOffer) -> ApplyReport:
+        """Take a version from the group between two decode steps; see `VllmTransfer.receive`."""
+        ...
+
+    async def leave(self) -> None:
+        """Leave the group; the engine serves on."""
+        ...
+
+
+@runtime_checkable
+class TakesTransfers(Protocol):
+    """An engine whose weights may come by broadcast."""
+
+    transfer: Transfer | None
+    """None where it was not opened for that."""
 
 
 def spans(versions: Iterable[int]) -> list[tuple[int, int]]:

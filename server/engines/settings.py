@@ -26,3 +26,6 @@ class EngineSettings:
     """Most sequences that run at once; the others wait."""
     gpu_memory_utilization: float = 0.9
     """Share of a GPU's memory that the vLLM engine may take."""
+    weight_transfer: str | None = None
+    """`nccl` (GPUs) or `gloo` (CPUs): weights may come by broadcast from a trainer of the same cluster;
+    vLLM only."""

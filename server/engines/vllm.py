@@ -22,8 +22,10 @@ from server.engines.settings import EngineSettings
 from server.engines.vllm_process import VllmProcess, our_errors
 from server.engines.vllm_requests import Part, sampling_params
 from server.engines.vllm_start import AsyncLLM, tokens_input
+from server.engines.vllm_transfer import VllmTransfer
 from server.engines.vllm_weights import VllmWeights
 from shared.errors import EngineError, SpokeError
+from shared.transfer import TransferBackend
 
 log = logging.getLogger("spoke.engine")
 
@@ -34,9 +36,15 @@ FIRST_SECONDS = 120.0
 class VllmEngine:
     """`Engine` on vLLM. Belongs to the event loop that it was opened on."""
 
-    def __init__(self, llm: AsyncLLM, info: EngineInfo) -> None:
+    def __init__(self, llm: AsyncLLM, info: EngineInfo, transfer: str | None = None) -> None:
         self._process = VllmProcess(llm)
         self._weights = VllmWeights(self._process)
+        self.transfer = (
+            None
+            if transfer is None
+            else VllmTransfer(self._process, self._weights, TransferBackend(transfer))
+        )
+        """Takes weights by broadcast, where it was opened for that; see `TakesTransfers`."""
         self._info = info
         self._running = 0
 
@@ -204,7 +212,7 @@ async def open_engine(settings: EngineSettings) -> VllmEngine:
     except Exception as error:  # vLLM's start raises every kind of error; the caller needs one line
         line = vllm_start.reason(error)
         raise EngineError(f"vLLM did not start {settings.model}: {line}") from error
-    engine = VllmEngine(llm, info)
+    engine = VllmEngine(llm, info, settings.weight_transfer)
     try:
         await engine.prepare()
     except BaseException:

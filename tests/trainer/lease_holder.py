@@ -25,7 +25,7 @@ def say(**what: object) -> None:
 async def train(url: str, run: str, version: str) -> None:
     redis = RedisCoordinator(url, run)
     stored = -1
-    async with hold(redis, lambda: stored, run, lambda text: None) as lease:
+    async with hold(redis, lambda: [stored], run, lambda text: None) as lease:
         words = ["announce", version]
         while words:
             number = int(words[1])

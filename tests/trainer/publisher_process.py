@@ -43,9 +43,7 @@ async def main(url: str, run: str, lease_s: str, folder: str, version: str) -> N
     coordination.LEASE_S = float(lease_s)
     redis, store = RedisCoordinator(url, run), Store(folder, "run")
     try:
-        async with hold(
-            redis, lambda: max(store.versions(), default=-1), run, lambda text: None
-        ) as lease:
+        async with hold(redis, store.versions, run, lambda text: None) as lease:
             publisher = Publisher(
                 store=store, store_url=folder, coordinator=redis, lease=lease, run="run", dtype="float32"
             )  # fmt: skip

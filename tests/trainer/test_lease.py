@@ -56,7 +56,7 @@ def nothing(text: str) -> None:
 
 
 def holding(redis: RedisCoordinator, stored: int = -1, said: Any = nothing) -> Any:
-    return hold(redis, lambda: stored, redis.keys.run, said)
+    return hold(redis, lambda: [stored], redis.keys.run, said)
 
 
 class Trainer:
@@ -191,17 +191,18 @@ async def test_an_old_copy_of_redis_memory_gets_the_head_back(redis: RedisCoordi
                 await asyncio.sleep(0.01)
 
 
-@pytest.mark.parametrize("where", ["head", "same number", "store"])
+@pytest.mark.parametrize("where", ["head", "same number", "store", "below ours"])
 async def test_versions_of_another_trainer_end_the_run(redis: RedisCoordinator, where: str) -> None:
-    stored = [3]
+    stored = [1]
 
     async def run() -> None:
-        async with hold(redis, lambda: stored[0], redis.keys.run, nothing) as lease:
+        async with hold(redis, lambda: stored, redis.keys.run, nothing) as lease:
             lease.begin(3)
             await lease.announce(head(3))
+            stored.append(3)
             await redis._redis.delete(redis.keys.lease, redis.keys.head)
-            if where == "store":
-                stored[0] = 4
+            if where in ("store", "below ours"):
+                stored.append(4 if where == "store" else 2)
             else:
                 await redis.restore(head(4) if where == "head" else head(3, "another"))
             await asyncio.sleep(BOUND_S)  # the block is cancelled
@@ -214,7 +215,7 @@ async def test_versions_of_another_trainer_end_the_run(redis: RedisCoordinator, 
 async def test_of_two_that_want_it_back_the_newest_gets_it(redis: RedisCoordinator) -> None:
     """The one that was overtaken, being quicker after Redis was emptied, hands it on."""
     run = redis.keys.run
-    behind = Lease(redis, lambda: 4, run, nothing)
+    behind = Lease(redis, lambda: [4], run, nothing)
     behind.begin(3)
     async with holding(redis, stored=4) as ahead:
         await redis._redis.delete(redis.keys.lease)

@@ -53,7 +53,7 @@ class Store(FsspecStore):
     def __init__(self, folder: Path, hook: Hook = lambda stage: None) -> None:
         super().__init__(f"file://{folder}", "run")
         self.hook = hook
-        self.run_folder = folder / "run"
+        self.place = folder / "run"
 
     def publish(
         self, manifest: Manifest, folder: Path, *, before_manifest: Callable[[], None]
@@ -67,7 +67,7 @@ class Store(FsspecStore):
         self.hook("done")
 
     def names(self, version: int) -> set[str]:
-        folder = self.run_folder / f"v{version:06d}"
+        folder = self.place / f"v{version:06d}"
         return {path.name for path in folder.iterdir()} if folder.exists() else set()
 
 
@@ -93,8 +93,7 @@ async def publishing(
     redis: RedisCoordinator, store: Store, **options: Any
 ) -> AsyncIterator[Publisher]:
     said = options.setdefault("status", lambda text: None)
-    newest = lambda: max(store.versions(), default=-1)  # noqa: E731
-    async with hold(redis, newest, redis.keys.run, said) as lease:
+    async with hold(redis, store.versions, redis.keys.run, said) as lease:
         yield Publisher(
             store=store, store_url=store.url, coordinator=redis, lease=lease, run="run",
             dtype="bfloat16", **options,
@@ -181,7 +180,7 @@ async def test_an_overtaken_trainer_announces_nothing(
 def process(redis: RedisCoordinator, redis_url: str, store: Store) -> Iterator[Any]:
     """A trainer in a process of its own, which publishes version 7; see `publisher_process.py`."""
     script = Path(__file__).with_name("publisher_process.py")
-    arguments = [redis_url, redis.keys.run, str(SHORT_LEASE_S), str(store.run_folder.parent), "7"]
+    arguments = [redis_url, redis.keys.run, str(SHORT_LEASE_S), str(store.place.parent), "7"]
     made = subprocess.Popen(
         [sys.executable, str(script), *arguments],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -339,7 +338,7 @@ async def test_who_was_overtaken_hears_of_that_and_not_of_the_number(
     async with publishing(redis, store) as publisher:
         await publisher.publish(0, weights(0))
         await redis._redis.delete(redis.keys.lease)
-        async with publishing(other, Store(store.run_folder.parent)) as overtakes:
+        async with publishing(other, Store(store.place.parent)) as overtakes:
             await overtakes.publish(1, weights(2))
             with pytest.raises(LeaseError, match="taken over"):
                 await publisher.publish(1, weights(1))
@@ -380,7 +379,7 @@ async def test_no_number_is_used_twice(redis: RedisCoordinator, store: Store) ->
         await publisher.publish(4, weights(0))
         assert await publisher.next_version() == 5
         # A publish that died: some of its files, no manifest.
-        died = store.run_folder / "v000007"
+        died = store.place / "v000007"
         died.mkdir()
         (died / "weights-00000.safetensors").write_bytes(b"half")
         assert await publisher.next_version() == 8
@@ -543,8 +542,8 @@ async def test_collection_spares_what_live_servers_need(
     async with publishing(redis, store, keep=1) as publisher:
         for version in (0, 1, 2, 4):
             await publisher.publish(version, weights(version))
-        (store.run_folder / "v000003").mkdir()  # begun and never finished
-        (store.run_folder / "v000005").mkdir()  # being published now
+        (store.place / "v000003").mkdir()  # begun and never finished
+        (store.place / "v000005").mkdir()  # being published now
         await redis.report(record("behind", 2))
         await redis.report(record("fresh", 0, digest=""))
         await publisher.collect(4)
@@ -579,7 +578,7 @@ async def test_a_manifest_that_could_not_be_read_is_read_again(
         for version in range(2):
             await publisher.publish(version, weights(version))
     collector = Collector(store=store, coordinator=redis, keep=1)
-    manifest = store.run_folder / "v000001" / "manifest.json"
+    manifest = store.place / "v000001" / "manifest.json"
     sound = manifest.read_bytes()
     manifest.write_text("{}")
     await collector.collect(1)
@@ -593,6 +592,6 @@ async def test_a_damaged_manifest_is_no_anchor(redis: RedisCoordinator, store: S
     async with publishing(redis, store) as publisher:
         for version in range(3):
             await publisher.publish(version, weights(version))
-    (store.run_folder / "v000002" / "manifest.json").write_text("{}")
+    (store.place / "v000002" / "manifest.json").write_text("{}")
     await Collector(store=store, coordinator=redis, keep=1).collect(2)
     assert store.versions() == [1, 2]

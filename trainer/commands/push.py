@@ -49,7 +49,7 @@ async def _push(
     coordinator = RedisCoordinator(args.redis_url, args.run)
     try:
         store = FsspecStore(args.store, args.run)
-        holding = hold(coordinator, lambda: max(store.versions(), default=-1), args.run, _say)
+        holding = hold(coordinator, store.versions, args.run, _say)
         async with holding as lease:
             publisher = Publisher(
                 store=store,
