@@ -132,7 +132,7 @@ async def lead(args: argparse.Namespace, orders: Any) -> None:
         store.at = args.die_at
     try:
         async with hold(
-            coordinator, lambda: max(store.versions(), default=-1), args.run,
+            coordinator, store.versions, args.run,
             lambda text: say(status=text),
         ) as lease:  # fmt: skip
             publisher = Publisher(
