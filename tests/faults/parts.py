@@ -294,7 +294,9 @@ class FaultyStore:
                 self.stalled.set()
                 self.release.wait(120)
             else:
-                request.connection.shutdown(socket.SHUT_RDWR)  # close alone leaves rfile's hold on it
+                request.connection.shutdown(
+                    socket.SHUT_RDWR
+                )  # close alone leaves rfile's hold on it
                 request.close_connection = True
                 return
             body = body[len(body) // 2 :]

@@ -1,8 +1,8 @@
 """A trainer as far as the fleet can see one: it holds the lease and publishes version after version.
 
 It has the trainer's own `hold` and `Publisher`; only its weights come from a seeded generator and not of
-gradients, a few elements of each tensor moved by one step of their format, as small learning rates do. It says what
-it announced, with digests of its own tensors; what it is told makes it go on:
+gradients, a few elements of each tensor moved by one step of their format, as small learning rates do. It says
+what it announced, with digests of its own tensors; what it is told makes it go on:
 
     publish        the next version, waited for until it is announced
     quit           gives the lease back and ends
