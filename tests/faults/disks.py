@@ -18,12 +18,12 @@ class Disk:
 
     def __init__(self, folder: Path, *, mounted: bool) -> None:
         self.folder = folder
-        self._mounted = mounted
+        self.mounted = mounted
         self._ballast = folder / "ballast"
 
     def fill(self, process: Any) -> None:
         """No room from now on, for any process; without a file system of its own for this one alone."""
-        if not self._mounted:
+        if not self.mounted:
             resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
             return
         with self._ballast.open("ab", buffering=0) as ballast:
@@ -34,7 +34,7 @@ class Disk:
 
     def free(self, process: Any) -> None:
         """There is room again."""
-        if not self._mounted:
+        if not self.mounted:
             limits = (resource.RLIM_INFINITY, resource.RLIM_INFINITY)
             with contextlib.suppress(ProcessLookupError):
                 resource.prlimit(process.pid, resource.RLIMIT_FSIZE, limits)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from faults.conftest import Run
 from faults.disks import Disk, disk
-from faults.parts import FaultyStore, Member, until
+from faults.parts import FaultyStore, Leader, Member, until
 
 
 @pytest.fixture
@@ -50,7 +50,8 @@ def test_a_full_disk_at_a_server(run: Run, small: Disk) -> None:
     small.fill(one.process)
     one.go_on("second decode")
     error = told(run, one)
-    assert "space" in error or "large" in error, error
+    assert "free some room" in error, error
+    assert str(small.folder) in error
     stays(run, one, newest - 1)
     small.free(one.process)
     one.wait_version(newest)
@@ -70,6 +71,7 @@ def test_a_full_disk_at_a_server(run: Run, small: Disk) -> None:
         error = told(run, one)
         assert "no room" in error, error
         assert "free some" in error, error
+        assert str(small.folder) in error
         stays(run, one, newest)
         small.free(one.process)
         newest = run.publish(leader)
@@ -78,22 +80,29 @@ def test_a_full_disk_at_a_server(run: Run, small: Disk) -> None:
         until(lambda: run.table()["one"].last_error is None, "the error is forgotten")
 
 
+def goes_on(run: Run, small: Disk, leader: Leader, one: Member) -> int:
+    """A version that waits for room, and comes once there is some."""
+    held = max(run.published)
+    small.fill(leader.process)
+    leader.tell("publish")
+    assert "free some room" in leader.says("status")["status"]
+    stays(run, one, held)
+    small.free(leader.process)
+    said = leader.says("weights_digest", nth=2)
+    run.published[said["version"]] = said["tensors"]
+    one.wait_version(said["version"])
+    run.check(one)
+    return int(said["version"])
+
+
 def test_a_full_disk_at_the_store(run: Run, small: Disk) -> None:
     arguments = ("--store", f"file://{small.folder}", "--share", "0.2", "--wait", "3")
     leader = run.leader(*arguments)
     one = run.member("one")
     newest = run.publish(leader)
     one.wait_ready()
-    small.fill(leader.process)
-    leader.tell("publish")
-    assert "free some room" in leader.says("status")["status"]
-    stays(run, one, newest)
-    small.free(leader.process)
-    said = leader.says("weights_digest", nth=2)
-    run.published[said["version"]] = said["tensors"]
-    newest = said["version"]
-    one.wait_version(newest)
-    run.check(one)
+    if small.mounted:  # else what it writes before it stores fails too, which is not tried again
+        newest = goes_on(run, small, leader, one)
 
     small.fill(leader.process)
     leader.tell("publish")
