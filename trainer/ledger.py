@@ -5,11 +5,16 @@
 A tree is one question of one step; attempts at several servers are one tree.
 """
 
+import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, Self
+
+TREES = "trees.json"
+"""In a run's folder: the ledger when trees were asked for last."""
 
 
 class Dropped(StrEnum):
@@ -33,7 +38,7 @@ class Ledger:
     """Counts of a whole run, over resumptions.
 
     >>> ledger = Ledger()
-    >>> ledger.asked += 3
+    >>> ledger.ask(3)
     >>> ledger.trained += 1
     >>> ledger.drop(Dropped.TOO_OLD)
     >>> ledger.in_flight
@@ -43,6 +48,13 @@ class Ledger:
     asked: int = 0
     trained: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    keep: Callable[[Self], None] = lambda ledger: None
+    """Called before trees are asked for, so that those which a killed run had in flight are known."""
+
+    def ask(self, count: int) -> None:
+        """Count trees that are about to be asked for."""
+        self.asked += count
+        self.keep(self)
 
     @property
     def in_flight(self) -> int:
@@ -95,3 +107,19 @@ class Ledger:
         ledger.drop(Dropped.UNDONE, newest["trained"] - ledger.trained)
         ledger.drop(Dropped.STOPPED, newest["in_flight"])
         return ledger
+
+
+def keep(folder: Path, ledger: Ledger) -> None:
+    """Write what is asked for into a run's folder, whole or not at all: it may be killed before its next line."""
+    partial = folder / f"{TREES}.partial"
+    partial.write_text(json.dumps(ledger.as_json()))
+    partial.replace(folder / TREES)
+
+
+def newest_of(folder: Path, line: dict[str, Any]) -> dict[str, Any]:
+    """The later of two records: the ledger of the last line of metrics, and what was kept since."""
+    try:
+        kept: dict[str, Any] = json.loads((folder / TREES).read_text())
+    except FileNotFoundError:
+        return line
+    return kept if kept["asked"] > line.get("asked", 0) else line

@@ -26,7 +26,11 @@ class MetricsLog:
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._stream = (folder / "metrics.jsonl").open("a", buffering=1)
+        path = folder / "metrics.jsonl"
+        cut = path.exists() and not path.read_bytes().endswith(b"\n")
+        self._stream = path.open("a", buffering=1)
+        if cut:  # by a kill in the middle of a line: the next one is not to be lost with it
+            self._stream.write("\n")
         self._board: Any = SummaryWriter(str(folder / "tensorboard"))
 
     def __enter__(self) -> Self:

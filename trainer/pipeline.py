@@ -97,4 +97,4 @@ class Pipeline:
         return await self.sampling.step(step, lowest)
 
     def _ask(self) -> None:
-        self.sampling.ledger.asked += self.sampling.settings.rollout.questions
+        self.sampling.ledger.ask(self.sampling.settings.rollout.questions)

@@ -18,7 +18,7 @@ from trainer.critic import Critic, load_critic
 from trainer.data import Question, load
 from trainer.fleet import Fleet, registered
 from trainer.lease import hold
-from trainer.ledger import Ledger
+from trainer.ledger import Ledger, keep, newest_of
 from trainer.losses import OffPolicy
 from trainer.metrics import last_line
 from trainer.optimizer import PolicyOptimizer
@@ -128,7 +128,8 @@ def begin(settings: TrainSettings, folder: Path, *, resume: bool) -> Start:
     if checkpoint is not None:
         progress = checkpoints.restore(checkpoint, learner, replay)
         written = last_line(folder).get("ledger", progress.trees)
-        ledger = Ledger.resumed(progress.trees, written)
+        ledger = Ledger.resumed(progress.trees, newest_of(folder, written))
+    ledger.keep = lambda now: keep(folder, now)
     return Start(
         questions=questions,
         heldout=heldout,
