@@ -74,6 +74,10 @@ class Redis:
             self._process = None
 
 
+LEASE_S = 4.0
+"""Of the trainers here: what a dead one leaves is waited for, and 10 s each time would be long."""
+
+
 def run_server(argv: list[str], log: str, faults: str, signs: str) -> None:
     """A server's process: `python -m server`, or the one that stands still at places."""
     _own_output(log)
@@ -92,7 +96,21 @@ def run_leader(argv: list[str], log: str, orders: Any, words: Any) -> None:
     _own_output(log)
     from faults.publishing import main
 
+    from shared import coordination
+
+    coordination.LEASE_S = LEASE_S
     main(argv, orders, words)
+
+
+def run_trainer(argv: list[str], log: str, redis_url: str) -> None:
+    """A trainer's process: `spoke train`."""
+    _own_output(log)
+    os.environ["SPOKE_REDIS_URL"] = redis_url
+    from shared import coordination
+    from trainer.cli import main
+
+    coordination.LEASE_S = LEASE_S
+    sys.exit(main(argv))
 
 
 def _own_output(log: str) -> None:

@@ -4,6 +4,7 @@
 import fastapi
 import redis.asyncio
 import torch
+import torch.utils.tensorboard
 import transformers
 import transformers.models.qwen2.modeling_qwen2
 import uvicorn
@@ -14,3 +15,4 @@ import server.run
 import trainer.lease
 import trainer.policy
 import trainer.publish
+import trainer.train
