@@ -144,10 +144,12 @@ async def lead(args: argparse.Namespace, orders: Any) -> None:
             say(leads=True, next=version)
             while await asyncio.to_thread(orders.recv) == "publish":
                 tensors = moved(tensors, version, args.share)
+                expected = digests(tensors)
+                say(begins=version, tensors=expected)  # whoever kills us wants to know what we had
                 head = await publisher.publish(version, tensors)
                 (report,) = publisher.reports()
                 say(
-                    version=version, weights_digest=head.weights_digest, tensors=digests(tensors),
+                    version=version, weights_digest=head.weights_digest, tensors=expected,
                     bytes=report.stored_bytes, anchor=report.anchor,
                 )  # fmt: skip
                 await publisher.collect(version)

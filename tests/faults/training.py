@@ -15,6 +15,7 @@ from shared.keys import Keys
 
 CONFIG = """
 run = "{run}"
+seed = 270 # its questions are, step for step, such that leaves differ
 [model]
 path = "{model}"
 dtype = "float32"
@@ -26,7 +27,7 @@ options = {{ unfinished = -1.0 }} # so that leaves differ although the tiny mode
 [rollout]
 questions = {questions}
 plan = {{ kind = "tree", branch_factors = [3, 2], segment_tokens = 16 }}
-max_tokens = 96
+max_tokens = 72
 timeout_s = 60.0
 [trainer]
 steps = {steps}
