@@ -2,7 +2,8 @@
 
 Two things go on beside each other. One hears: an event of Redis or a few seconds wake it, it reads the head, and a
 server that is too far behind stops serving at that moment. The other takes the newest version known, as often as
-it must. Redis may come and go: what was heard is remembered, and a Redis that lost its head is given it again.
+it must; where a trainer broadcasts versions, it gives them a moment to come so. Redis may come and go: what was
+heard is remembered, and a Redis that lost its head is given it again.
 """
 
 import asyncio
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from server.engines.base import Engine
+from server.engines.base import Engine, transfer_of
 from server.metrics import Metrics
 from server.states import Began, Failed, Heard
 from server.status import Status
@@ -22,6 +23,7 @@ from server.waiting import patiently
 from shared.coordination import RECORD_S, Coordinator
 from shared.errors import CoordinationError, SpokeError
 from shared.fleet import ServerRecord
+from shared.transfer import TransferBackend
 
 log = logging.getLogger("spoke.follower")
 
@@ -42,7 +44,7 @@ def pause_s(failures: int) -> float:
     return min(LONGEST_RETRY_S, RETRY_S * 2 ** (min(failures, 20) - 1)) if failures else 0.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Follower:
     """Keeps one server at the head of its run.
 
@@ -66,6 +68,10 @@ class Follower:
     _news: asyncio.Event = field(default_factory=asyncio.Event)
     _reporting: asyncio.Lock = field(default_factory=asyncio.Lock)
     """One record at a time: an older one must not overtake a newer one."""
+    _acknowledged: tuple[int, str] | None = None
+    """Version and digest of the last record."""
+    _missing: asyncio.Event = field(default_factory=asyncio.Event)
+    """Redis does not take this server's record, and that was said."""
 
     async def catch_up(self, bound_s: float) -> None:
         """Take the head's weights before serving anything; wait until that works.
@@ -89,6 +95,7 @@ class Follower:
 
     async def run(self) -> None:
         """Follow the head for ever."""
+        self.status.on_swap.append(self._news.set)
         async with asyncio.TaskGroup() as group:
             group.create_task(self._hear_for_ever())
             group.create_task(self._take_for_ever())
@@ -106,7 +113,9 @@ class Follower:
             CoordinationError: Redis is away.
         """
         async with self._reporting:
-            await self.coordinator.report(self._record())
+            record = self._record()
+            await self.coordinator.report(record)
+            self._acknowledged = (record.version, record.digest)
 
     def _record(self) -> ServerRecord:
         info, standing = self.engine.info, self.status.standing
@@ -122,9 +131,18 @@ class Follower:
             sampled_tokens=self.status.sampled_tokens,
             head=0 if standing.head is None else standing.head.version,
             serves_files=self.files(),
+            transfer=self._takes(),
             last_error=standing.failure,
             updated_at=time.time(),
         )
+
+    def _takes(self) -> TransferBackend | None:
+        """What a broadcast may come by. Only a version that is held proves that the run's tensors fit the model,
+        and that the live ones will have the hashes that were announced."""
+        transfer, held = transfer_of(self.engine), self.status.manifest
+        if transfer is None or not transfer.verifies or held is None:
+            return None
+        return transfer.backend if held.dtype == self.engine.info.dtype else None
 
     async def _hear_for_ever(self) -> None:
         last_event, away = "0-0", False
@@ -162,17 +180,37 @@ class Follower:
             log.warning("Redis had lost version %d; it has it again", known.version)
         if standing.state is not before.state:
             if not standing.state.serves:
-                log.warning("%s", standing.refusal)
+                # A checkpoint is what every server begins with: nothing is wrong.
+                log.log(
+                    logging.WARNING if standing.digest else logging.INFO, "%s", standing.refusal
+                )
             await self.report()  # nobody may choose a server that is stale
 
     async def _take_for_ever(self) -> None:
         while True:
             self._news.clear()
-            if self.status.standing.holds_head:
+            standing = self.status.standing
+            if standing.holds_head:
+                if self._acknowledged != (standing.version, standing.digest):
+                    await self._tell()  # it came by broadcast
                 await self.taker.tidy()
                 await self._news.wait()
-            elif not await self._take_newest():
+            elif not await self._broadcast_came() and not await self._take_newest():
                 await self._pause()
+
+    async def _broadcast_came(self) -> bool:
+        """Where the engine is in a group, wait a moment for the newest version to come so. A trainer that
+        announces and does not broadcast is gone: then the group is left."""
+        transfer = transfer_of(self.engine)
+        if transfer is None or not transfer.joined:
+            return False
+        status = self.status
+        await status.swaps.coming(lambda: status.standing.holds_head or not transfer.joined)
+        if not status.standing.holds_head and transfer.joined:
+            log.warning("the newest version did not come by broadcast: the group is left")
+            with contextlib.suppress(SpokeError):  # of an engine that has died, which others see
+                await transfer.leave()
+        return status.standing.holds_head
 
     async def _pause(self) -> None:
         """Wait as long as the failures so far ask for; a newer head ends it."""
@@ -197,7 +235,11 @@ class Follower:
             await self.taker.take(head)
             taken = True
         except (SpokeError, OSError) as error:  # OSError: no room on the disk, or too slow
-            reason = f"version {head.version}: {str(error) or type(error).__name__}"
+            reason = str(error) or type(error).__name__
+            named = f"version {head.version}"
+            reason = (
+                reason if reason.startswith((f"{named} ", f"{named}:")) else f"{named}: {reason}"
+            )
             self.status.note(Failed(reason))
             log.warning("%s; version %d stays", reason, self.engine.version)
         self.metrics.updates.labels("ok" if taken else "failed").inc()
@@ -208,4 +250,8 @@ class Follower:
         try:
             await self.report()
         except CoordinationError as error:
-            log.warning("%s; this server is not in the fleet table", error)
+            if not self._missing.is_set():
+                log.warning("%s; this server is not in the fleet table until it does", error)
+            self._missing.set()
+        else:
+            self._missing.clear()

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from server.states import Event, Standing, Took, after
+from server.swaps import Swaps
 from shared.errors import BusyError
 from shared.fleet import ServerState
 from shared.manifest import Manifest
@@ -20,7 +21,7 @@ class Update:
 
     version: int
     encoding: str
-    """`patch`: what changed; `full`: every tensor."""
+    """`patch`: what changed; `full`: every tensor; `broadcast`: every tensor, from the trainer's memory."""
     fetch_s: float
     """Until every file was on this disk, its SHA-256 compared."""
     decode_s: float
@@ -59,6 +60,8 @@ class Status:
     sampled_tokens: int = 0
     on_swap: list[Callable[[], object]] = field(default_factory=list)
     """Are called, on the event loop, whenever the engine has taken other weights."""
+    swaps: Swaps = field(default_factory=Swaps)
+    """Whose turn it is to give the engine other weights."""
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
 
     def note(self, event: Event) -> None:

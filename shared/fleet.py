@@ -5,6 +5,8 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from shared.transfer import TransferBackend
+
 
 class ServerState(StrEnum):
     """Where a server is in its life (DESIGN.md section 6)."""
@@ -46,6 +48,8 @@ class ServerRecord(BaseModel):
     """Newest version that it has heard of."""
     serves_files: tuple[int, ...] = ()
     """Versions whose files it hands to other servers."""
+    transfer: TransferBackend | None = None
+    """What the next version may come by, straight from the trainer; None where it cannot."""
     last_error: str | None = None
     updated_at: float
     """Unix seconds, by the server's clock; for people, never for decisions."""

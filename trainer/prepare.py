@@ -12,6 +12,7 @@ from shared.errors import ConfigError
 from shared.store import FsspecStore
 from trainer import checkpoints
 from trainer.algorithms import AlgorithmName
+from trainer.broadcasting import broadcasting
 from trainer.checkpoints import Progress
 from trainer.config import TrainSettings
 from trainer.critic import Critic, load_critic
@@ -202,6 +203,9 @@ async def connect(
             patience=patience,
         )
         stack.push_async_callback(fleet.close)
+        broadcasts = await stack.enter_async_context(
+            broadcasting(settings, coordinator.servers, say)
+        )
         publisher = Publisher(
             store=store,
             store_url=store_url,
@@ -215,6 +219,7 @@ async def connect(
             max_staleness=fleet_settings.max_staleness + 1,
             wait_s=fleet_settings.pause_s,
             status=say,
+            broadcasts=broadcasts,
         )
         yield Connections(
             coordinator=coordinator, publisher=publisher, patience=patience, fleet=fleet

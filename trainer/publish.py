@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 
@@ -24,6 +25,18 @@ from trainer.lease import Lease
 from trainer.publish_report import PublishReport
 
 RETRY_S = 1.0
+
+
+class Broadcasts(Protocol):
+    """A second way of versions to servers nearby (`trainer.broadcasting.Broadcasting`). It raises nothing."""
+
+    async def meet(self) -> None:
+        """Be ready for the version that is about to be announced."""
+        ...
+
+    async def send(self, manifest: Manifest, tensors: Mapping[str, Tensor]) -> bool:
+        """Send the version that was announced; whether anybody took it."""
+        ...
 
 
 class Publisher:
@@ -41,6 +54,7 @@ class Publisher:
         max_staleness: of the announced heads; see `Head`.
         wait_s: bound of the wait for a store or a Redis that is away, each.
         status: shows what is waited for.
+        broadcasts: the second way; None is the store alone.
     """
 
     def __init__(
@@ -57,12 +71,14 @@ class Publisher:
         max_staleness: int | None = None,
         wait_s: float = 300.0,
         status: Callable[[str], None] = lambda text: None,
+        broadcasts: Broadcasts | None = None,
     ) -> None:
         self._store, self._store_url = store, store_url
         self._coordinator, self._lease = coordinator, lease
         self._collector = Collector(store=store, coordinator=coordinator, keep=keep)
         self._run, self._dtype, self._anchor_every = run, dtype, anchor_every
         self._max_staleness, self._wait_s, self._status = max_staleness, wait_s, status
+        self._broadcasts = broadcasts
         self._previous: EncodedVersion | None = None
         self._turn = asyncio.Lock()
         self._reports: list[PublishReport] = []
@@ -82,7 +98,9 @@ class Publisher:
     async def publish(
         self, version: int, tensors: Mapping[str, Tensor], *, snapshot_s: float = 0.0
     ) -> Head:
-        """Write a version, then announce it. One version at a time: another call waits for its turn.
+        """Write a version, then announce it, then broadcast it where that is asked for.
+
+        One version at a time: another call waits for its turn.
 
         Cancelled, it leaves no version behind, or one that is whole and not announced.
 
@@ -127,9 +145,13 @@ class Publisher:
             store=self._store_url,
             max_staleness=self._max_staleness,
         )
+        if self._broadcasts is not None:
+            await self._broadcasts.meet()
+        met = time.monotonic()
         # Only now: a server that hears of a version must find its bytes.
         await self._patiently(lambda: self._lease.announce(head), f"announcing version {version}")
         announced = time.monotonic()
+        sent = self._broadcasts is not None and await self._broadcasts.send(manifest, tensors)
         self._reports.append(
             PublishReport.of(
                 manifest,
@@ -137,7 +159,8 @@ class Publisher:
                 snapshot_s=snapshot_s,
                 encode_s=encoded - started,
                 store_s=stored - encoded,
-                announce_s=announced - stored,
+                announce_s=announced - met,
+                broadcast_s=met - stored + time.monotonic() - announced if sent else None,
             )
         )
         return head

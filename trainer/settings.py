@@ -268,6 +268,22 @@ class FleetSettings(Settings):
     """Newest versions that stay in the store whatever the servers hold."""
     anchor_every: int = Field(default=10, ge=1)
     """Versions from one full copy to the next; those between are deltas where these are smaller."""
+    weight_transfer: Literal["none", "nccl", "gloo"] = "none"
+    """Broadcast each announced version to the servers of this cluster that were started with the same
+    `--weight-transfer`, beside the store; see docs/weight_transfer.md. `SPOKE_TOKEN` needs scope `admin`."""
+    transfer_address: str | None = None
+    """Of this machine, as those servers reach it, on ports that the system chooses."""
+    transfer_s: float = Field(default=60.0, gt=0.0, le=600.0)
+    """Bound of meeting those servers, and of each broadcast to begin; then they fetch from the store."""
+
+    @model_validator(mode="after")
+    def _transfer_has_an_address(self) -> Self:
+        if self.weight_transfer != "none" and not self.transfer_address:
+            raise ValueError(
+                f"weight_transfer = {self.weight_transfer!r} needs transfer_address: this machine's, as the "
+                "servers reach it"
+            )
+        return self
 
     @field_serializer("redis_url")
     def _without_password(self, url: str | None) -> str | None:
