@@ -27,9 +27,12 @@ class ServerState(StrEnum):
 
 
 class ServerRecord(BaseModel):
-    """One server's entry in the fleet table; it vanishes when the server stops renewing it."""
+    """One server's entry in the fleet table; it vanishes when the server stops renewing it.
 
-    model_config = ConfigDict(frozen=True)
+    Servers of several versions of Spoke may be in one table: fields that this one does not know are ignored.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
     server_id: str
     url: str
