@@ -99,7 +99,11 @@ class Follower:
             group.create_task(self._take_for_ever())
 
     async def heartbeat(self) -> None:
-        """Renew this server's record for ever."""
+        """Renew this server's record for ever.
+
+        Raises:
+            ConfigError: another living server has this one's id.
+        """
         while True:
             await self._tell()
             await asyncio.sleep(HEARTBEAT_S)
@@ -108,6 +112,7 @@ class Follower:
         """Write this server's record now: it acknowledges what is held.
 
         Raises:
+            ConfigError: another living server has this one's id.
             CoordinationError: Redis is away.
         """
         async with self._reporting:
@@ -119,6 +124,7 @@ class Follower:
         info, standing = self.engine.info, self.status.standing
         return ServerRecord(
             server_id=self.status.server_id,
+            instance=self.status.instance,
             url=self.url,
             state=standing.state,
             version=standing.version,

@@ -89,11 +89,16 @@ class Coordinator(Protocol):
         ...
 
     async def report(self, record: ServerRecord) -> None:
-        """Write a server's record and renew its lease."""
+        """Write a server's record and renew its lease.
+
+        Raises:
+            ConfigError: another living server has this id.
+            CoordinationError: Redis is away.
+        """
         ...
 
-    async def leave(self, server_id: str) -> None:
-        """Remove a server's record."""
+    async def leave(self, server_id: str, instance: str = "") -> None:
+        """Remove a server's record; that of another instance under the same id stays."""
         ...
 
     async def servers(self) -> list[ServerRecord]:
@@ -116,6 +121,11 @@ def is_away(error: CoordinationError) -> bool:
     away = (OSError, RedisConnectionError, RedisTimeoutError)  # TimeoutError is an OSError
     cause = error.__cause__
     return isinstance(cause, away) and not isinstance(cause, AuthenticationError)
+
+
+def id_taken(server_id: str, url: str) -> str:
+    """What two servers under one id are told: each would overwrite the other's record."""
+    return f"--server-id {server_id}: the server at {url} lives under this id; give each its own, or leave it out"
 
 
 def _first_fault(error: ValidationError) -> str:
@@ -264,19 +274,19 @@ class RedisCoordinator:
 
     async def report(self, record: ServerRecord) -> None:
         """See `Coordinator.report`."""
-        pipe = self._redis.pipeline(transaction=True)
-        pipe.set(
-            self._keys.server(record.server_id), record.model_dump_json(), px=int(RECORD_S * 1000)
+        text, server_id = record.model_dump_json(), record.server_id
+        written, *holder = await self.script(
+            "report",
+            [self._keys.server(server_id), self._keys.servers],
+            [text, int(RECORD_S * 1000), record.instance, server_id],
         )
-        pipe.sadd(self._keys.servers, record.server_id)
-        await self._call(pipe.execute())
+        if not written:
+            raise ConfigError(id_taken(server_id, holder[0]))
 
-    async def leave(self, server_id: str) -> None:
+    async def leave(self, server_id: str, instance: str = "") -> None:
         """See `Coordinator.leave`."""
-        pipe = self._redis.pipeline(transaction=True)
-        pipe.delete(self._keys.server(server_id))
-        pipe.srem(self._keys.servers, server_id)
-        await self._call(pipe.execute())
+        keys = [self._keys.server(server_id), self._keys.servers]
+        await self.script("leave", keys, [instance, server_id])
 
     async def servers(self) -> list[ServerRecord]:
         """See `Coordinator.servers`."""

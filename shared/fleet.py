@@ -35,6 +35,8 @@ class ServerRecord(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore")
 
     server_id: str
+    instance: str = ""
+    """Random, of this process: two processes under one id are told apart by it."""
     url: str
     state: ServerState
     version: int

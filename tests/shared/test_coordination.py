@@ -9,6 +9,7 @@
    never lowered, and a follower that waits for later events is woken by new ones with lower ids.
 7. What another version of Spoke wrote ends nobody: a record that cannot be read is left out, a head is one clear
    error.
+8. A server's id belongs to one living process: another one is refused, and takes nothing away when it leaves.
 """
 
 import asyncio
@@ -176,6 +177,35 @@ async def test_a_head_that_cannot_be_read_is_one_clear_error(
     await coordinator._redis.hset(coordinator.keys.head, mapping={"version": "seven"})
     with pytest.raises(CoordinationError, match=r"the head of run .* cannot be read: version: "):
         await coordinator.head()
+
+
+async def test_an_id_belongs_to_one_living_process(
+    coordinator: RedisCoordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, other = (
+        record("gpu").model_copy(update={"instance": name, "url": f"http://{name}"})
+        for name in ("mine", "other")
+    )
+    await coordinator.report(mine)
+    await coordinator.report(mine)
+    with pytest.raises(ConfigError, match="--server-id gpu: the server at http://mine"):
+        await coordinator.report(other)
+    await coordinator.leave("gpu", "other")
+    assert await coordinator.servers() == [mine]
+    await coordinator.leave("gpu", "mine")
+    assert await coordinator.servers() == []
+    # One that died holds its id for as long as its record lives; what cannot be read holds nothing.
+    monkeypatch.setattr("shared.coordination.RECORD_S", 0.05)
+    await coordinator.report(mine)
+    async with asyncio.timeout(5.0):
+        while await coordinator.servers():
+            await asyncio.sleep(0.01)
+    for text in ("{", "[]", '{"instance": 3}'):
+        await coordinator._redis.set(coordinator.keys.server("gpu"), text)
+        monkeypatch.setattr("shared.coordination.RECORD_S", 5.0)
+        await coordinator.report(other)
+        assert await coordinator.servers() == [other]
+        await coordinator.leave("gpu", "other")
 
 
 async def test_a_server_that_came_back_is_not_forgotten(coordinator: RedisCoordinator) -> None:
