@@ -22,7 +22,7 @@ from server.taking import Taker
 from server.waiting import patiently
 from shared.coordination import RECORD_S, Coordinator
 from shared.errors import CoordinationError, SpokeError
-from shared.fleet import ServerRecord
+from shared.fleet import Head, ServerRecord
 from shared.transfer import TransferBackend
 
 log = logging.getLogger("spoke.follower")
@@ -84,12 +84,13 @@ class Follower:
         """
         await patiently(self._hear, bound_s)
         while not self.status.standing.holds_head:
+            head = self.status.standing.head
             taken = await self._take_newest()
             with contextlib.suppress(CoordinationError):  # the head that is known is still good
                 await self._hear()
             if taken and not self.status.standing.is_stale:
                 return
-            await self._pause()
+            await self._pause(head)
 
     async def run(self) -> None:
         """Follow the head for ever."""
@@ -196,8 +197,10 @@ class Follower:
                     await self._tell()  # it came by broadcast
                 await self.taker.tidy()
                 await self._news.wait()
-            elif not await self._broadcast_came() and not await self._take_newest():
-                await self._pause()
+            elif not await self._broadcast_came():
+                head = self.status.standing.head
+                if not await self._take_newest():
+                    await self._pause(head)
 
     async def _broadcast_came(self) -> bool:
         """Where the engine is in a group, wait a moment for the newest version to come so. A trainer that
@@ -213,15 +216,17 @@ class Follower:
                 await transfer.leave()
         return status.standing.holds_head
 
-    async def _pause(self) -> None:
-        """Wait as long as the failures so far ask for; a newer head ends it."""
-        standing = self.status.standing
-        known = standing.head
+    async def _pause(self, failed: Head | None) -> None:
+        """Wait as long as the failures so far ask for; a newer head ends it.
+
+        Args:
+            failed: the head that could not be taken: a newer one may have come while it was tried.
+        """
         # Not in step with the rest of the fleet.
-        seconds = pause_s(standing.failures) * random.uniform(0.7, 1.3)
+        seconds = pause_s(self.status.standing.failures) * random.uniform(0.7, 1.3)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while self.status.standing.head == known:
+                while self.status.standing.head == failed:
                     self._news.clear()
                     await self._news.wait()
 

@@ -17,6 +17,7 @@ import redis.asyncio
 from support import RedisProcess, running_redis
 
 from server.app import Holder
+from server.engines.base import ApplyReport, Weights
 from server.engines.settings import EngineSettings
 from server.follower import Follower
 from server.following import open_follower
@@ -201,6 +202,28 @@ async def test_a_newer_version_is_taken_where_the_head_cannot_be_had(
     await run.announce(head)
     await member.fails("version 1")
     await run.publish(anchor=True)
+    await member.holds(2)
+
+
+async def test_a_version_that_came_while_another_failed_is_taken_at_once(
+    run: Run, member: Member, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await run.publish()
+    await member.start()
+    monkeypatch.setattr("server.follower.RETRY_S", 10 * TIMEOUT)  # a pause would outlast the test
+    monkeypatch.setattr("server.follower.LONGEST_RETRY_S", 10 * TIMEOUT)
+    load = member.engine.load_weights
+
+    async def failing(weights: Weights) -> ApplyReport:
+        if weights.version == 1:
+            await run.publish()
+            while member.status.standing.head != await run.coordinator.head():
+                await asyncio.sleep(0.01)
+            raise EngineError("version 1 is bad")
+        return await load(weights)
+
+    monkeypatch.setattr(member.engine, "load_weights", failing)
+    await run.publish()
     await member.holds(2)
 
 
