@@ -121,6 +121,16 @@ class Follower:
             await self.coordinator.report(record)
             self._acknowledged = (record.version, record.digest)
 
+    async def needs(self, lowest: int | None) -> None:
+        """Put into the record what is being fetched, at once: the trainer deletes what nobody holds or needs.
+
+        Args:
+            lowest: version whose files are needed, and those of what follows; None for none.
+        """
+        self.status.needs = lowest
+        if lowest is not None:
+            await self._tell()
+
     def _record(self) -> ServerRecord:
         info, standing = self.engine.info, self.status.standing
         return ServerRecord(
@@ -136,6 +146,7 @@ class Follower:
             sampled_tokens=self.status.sampled_tokens,
             head=0 if standing.head is None else standing.head.version,
             serves_files=self.files(),
+            needs=self.status.needs,
             transfer=self._takes(),
             last_error=standing.failure,
             updated_at=time.time(),
@@ -193,6 +204,7 @@ class Follower:
             self._news.clear()
             standing = self.status.standing
             if standing.holds_head:
+                self.status.needs = None  # of a fetch that failed
                 if self._acknowledged != (standing.version, standing.digest):
                     await self._tell()  # it came by broadcast
                 await self.taker.tidy()

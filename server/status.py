@@ -58,6 +58,8 @@ class Status:
     """Of the weights in the engine; None for the checkpoint it started from."""
     update: Update | None = None
     """The last one that was taken."""
+    needs: int | None = None
+    """Lowest version whose files are being fetched; None while there is none."""
     in_flight: int = 0
     """Requests being answered."""
     sampled_tokens: int = 0

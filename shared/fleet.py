@@ -53,6 +53,8 @@ class ServerRecord(BaseModel):
     """Newest version that it has heard of."""
     serves_files: tuple[int, ...] = ()
     """Versions whose files it hands to other servers."""
+    needs: int | None = None
+    """Lowest version whose files it is fetching now: the store keeps it, and what follows, for it."""
     transfer: TransferBackend | None = None
     """What the next version may come by, straight from the trainer; None where it cannot."""
     last_error: str | None = None

@@ -9,8 +9,10 @@
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis.asyncio
@@ -29,7 +31,9 @@ from server.waiting import patiently
 from shared.coordination import RedisCoordinator
 from shared.errors import BusyError, CoordinationError, EngineError, WeightsError
 from shared.fleet import ServerState
+from shared.store import FsspecStore
 from tests.server.weight_run import TIMEOUT, FakeEngine, Run, digests, service_of
+from trainer.collection import Collector
 
 
 @pytest.fixture(autouse=True)
@@ -225,6 +229,34 @@ async def test_a_version_that_came_while_another_failed_is_taken_at_once(
     monkeypatch.setattr(member.engine, "load_weights", failing)
     await run.publish()
     await member.holds(2)
+
+
+async def test_what_a_joiner_fetches_stays_in_the_store(
+    run: Run, member: Member, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is in the fleet table before the first byte is asked for, until all are there."""
+    may_fetch, fetch = threading.Event(), FsspecStore.fetch
+
+    def held_back(*args: Any, **how: Any) -> tuple[Path, ...]:
+        assert may_fetch.wait(TIMEOUT)
+        return fetch(*args, **how)
+
+    monkeypatch.setattr(FsspecStore, "fetch", held_back)
+    collector = Collector(store=run.store, coordinator=run.coordinator, keep=1)
+    await run.publish(12)
+    joining = asyncio.create_task(member.start())
+    await run.record(lambda r: r.needs == 0)
+    await run.publish(anchor=True)
+    await run.publish()
+    await collector.collect(13)
+    assert run.store.versions() == list(range(14))
+    may_fetch.set()
+    await asyncio.wait_for(joining, TIMEOUT)
+    await member.holds(13)
+    assert member.engine.loads[0].version == 11
+    await run.record(lambda r: r.needs is None)
+    await collector.collect(13)
+    assert run.store.versions() == [12, 13]
 
 
 async def test_a_refused_patch_is_followed_by_all_of_it(run: Run, member: Member) -> None:
