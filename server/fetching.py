@@ -79,8 +79,10 @@ class Fetcher:
         if held is not None and held.manifest.digest == head.manifest_digest:
             return held
         async with self._session(head) as session:
+            wanted = await session.head()
+            await in_daemon_thread(self.holdings.adopt, wanted)
             steps = await plan(
-                await session.head(),
+                wanted,
                 held=self.holdings.makes,
                 lowest=min(self.holdings.versions(), default=None),
                 manifest_of=session.base,

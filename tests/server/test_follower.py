@@ -5,6 +5,7 @@
 3. Behind the bound it is stale at once, and back when it has caught up.
 4. Late, repeated and lower heads change nothing; a Redis that lost its head is given it again.
 5. What went bad on its own disk is fetched again. An anchor that came by its shortcut is made whole on the spot.
+   What is held under another manifest than the announced one is taken all the same.
 """
 
 import asyncio
@@ -381,3 +382,25 @@ async def test_an_anchor_that_came_by_its_shortcut_is_made_whole_here(
         assert (member.holdings.folder_of(3) / name).read_bytes() == published[name]
     await run.publish()
     await member.holds(4)
+
+
+async def test_equal_weights_that_were_published_anew_are_taken_from_its_own_disk(
+    run: Run, member: Member, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a run is trained anew from the same checkpoint, under the same name."""
+    head = await run.publish(2)
+    async with contextlib.AsyncExitStack() as stack:
+        first = Member(run, tmp_path / "server", stack)
+        await first.start()
+        await first.holds(1)
+    await run.coordinator.leave("s", first.status.instance)
+    anew = run.store.manifest(1).model_copy(update={"created_at": "later"}).seal()
+    (run.folder(1) / "manifest.json").write_bytes(anew.encode())
+    client = redis.asyncio.Redis.from_url(run.redis_url)
+    async with contextlib.aclosing(client):
+        changed = head.model_copy(update={"manifest_digest": anew.digest})
+        await client.hset(run.coordinator.keys.head, mapping=changed.fields())
+    monkeypatch.delattr(FsspecStore, "fetch")  # no file is asked for
+    await member.start()
+    await member.holds(1)
+    assert member.status.manifest == anew
