@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from server.engines.base import Engine, transfer_of
+from server.live import rounded
 from server.metrics import Metrics
 from server.states import Began, Failed, Heard
 from server.status import Status
@@ -248,10 +249,12 @@ class Follower:
         assert head is not None, "only what was heard of is taken"
         self.status.note(Began(head.version))
         await self._tell()
-        taken = False
+        taken, first = False, not self.status.weights_digest
         try:
             await self.taker.take(head)
             taken = True
+            if first:
+                self._warn_of_rounding()
         except (SpokeError, OSError) as error:  # OSError: no room on the disk, or too slow
             reason = f"version {head.version}: {str(error) or type(error).__name__}"
             self.status.note(Failed(reason))
@@ -259,6 +262,12 @@ class Follower:
         self.metrics.updates.labels("ok" if taken else "failed").inc()
         await self._tell()
         return taken
+
+    def _warn_of_rounding(self) -> None:
+        manifest = self.status.manifest
+        loss = None if manifest is None else rounded(manifest.dtype, self.engine.info.dtype)
+        if loss is not None:
+            log.warning("%s", loss)
 
     async def _tell(self) -> None:
         try:

@@ -260,6 +260,21 @@ async def test_what_a_joiner_fetches_stays_in_the_store(
     assert run.store.versions() == [12, 13]
 
 
+async def test_an_engine_of_fewer_bits_than_published_is_told_of_once(
+    run: Run, member: Member, caplog: pytest.LogCaptureFixture
+) -> None:
+    member.engine.info.dtype = "bfloat16"
+    await run.publish()
+    await member.start()
+    await member.holds(0)
+    await run.publish()
+    await member.holds(1)
+    said = [
+        r.getMessage() for r in caplog.records if "this engine keeps bfloat16" in r.getMessage()
+    ]
+    assert len(said) == 1
+
+
 async def test_a_refused_patch_is_followed_by_all_of_it(run: Run, member: Member) -> None:
     await run.publish()
     await member.start()
