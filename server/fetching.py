@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -28,6 +28,10 @@ PATH = "/weights"
 T = TypeVar("T")
 
 
+async def _nobody(lowest: int | None) -> None:
+    """Is told nothing."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fetcher:
     """Fetches versions into a server's holdings. One call at a time.
@@ -41,6 +45,7 @@ class Fetcher:
         open_store: the reader of a store at a URL, or of another server at its URL and `PATH`.
         store_url: this server's own URL of the store; None takes what the head names.
         url: how the other servers reach this one.
+        needs: is told of the lowest version whose files are being fetched, and of None once they are here.
         peers: take files from other servers.
         patience_s: longest wait for a slot, seconds, besides a time for the bytes; then the store is asked anyway.
     """
@@ -50,6 +55,7 @@ class Fetcher:
     open_store: Callable[[str], WeightReader]
     store_url: str | None
     url: str
+    needs: Callable[[int | None], Awaitable[None]] = _nobody
     peers: bool = True
     patience_s: float = 30.0
     count: Callable[[str, int], None] = lambda source, size: None
@@ -73,14 +79,19 @@ class Fetcher:
         if held is not None and held.manifest.digest == head.manifest_digest:
             return held
         async with self._session(head) as session:
+            wanted = await session.head()
+            await in_daemon_thread(self.holdings.adopt, wanted)
             steps = await plan(
-                await session.head(),
+                wanted,
                 held=self.holdings.makes,
                 lowest=min(self.holdings.versions(), default=None),
                 manifest_of=session.base,
             )
+            if steps:  # the store keeps them for us from now on
+                await self.needs(steps[0].manifest.version)
             for step in steps:
                 await session.take(step)
+        await self.needs(None)
         chain = self.holdings.chain(head.version)
         if chain is None:
             raise WeightsError(f"version {head.version} is not whole although it was fetched")

@@ -40,6 +40,10 @@ async def open_follower(
     Raises:
         ConfigError: the folder of versions cannot be used.
     """
+
+    async def needs(lowest: int | None) -> None:
+        await follower.needs(lowest)
+
     holdings, work = await in_daemon_thread(_folders, settings, stack)
     holder.holdings = holdings
     fetcher = Fetcher(
@@ -50,6 +54,7 @@ async def open_follower(
         ),
         store_url=settings.store,
         url=url,
+        needs=needs,
         count=lambda source, size: holder.metrics.fetched.labels(source).inc(size),
     )
     taker = Taker(
@@ -60,7 +65,7 @@ async def open_follower(
         folder=work,
         metrics=holder.metrics,
     )
-    return Follower(
+    follower = Follower(
         coordinator=coordinator,
         taker=taker,
         files=holdings.versions,
@@ -69,6 +74,7 @@ async def open_follower(
         url=url,
         metrics=holder.metrics,
     )
+    return follower
 
 
 def _folders(settings: ServerSettings, stack: contextlib.AsyncExitStack) -> tuple[Holdings, Path]:

@@ -166,6 +166,28 @@ class Holdings:
             raise self._failed(version, error) from None
         return folder
 
+    def adopt(self, manifest: Manifest) -> None:
+        """Hold a version under another manifest of its number; files that both name stay, the others are deleted.
+
+        A run that was trained anew from the same weights has such manifests: they differ in their time at least.
+
+        Raises:
+            WeightsError: it cannot be written; everything is as it was.
+        """
+        version, named = manifest.version, _entries(manifest)
+        with self._changing:
+            held = self._held.get(version)
+            if held is None or held.manifest.digest == manifest.digest:
+                return
+            before = [e for e in _entries(held.manifest) if e.name in held.names]
+            kept = {entry.name for entry in before if entry in named}
+            folder = self.folder_of(version)
+            self._write(manifest, folder)
+            self._held = {**self._held, version: _Version.of(manifest, kept)}
+            for entry in before:
+                if entry.name not in kept:
+                    (folder / entry.name).unlink(missing_ok=True)
+
     def add(self, manifest: Manifest, files: Sequence[FileEntry]) -> None:
         """Hold files that lie in `incoming(manifest)`, as `shared.receiving.receive` has verified them.
 
