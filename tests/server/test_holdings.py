@@ -15,6 +15,7 @@ from versions import RUN, Versions
 from server.holdings import Holdings
 from shared.errors import ConfigError, WeightsError
 from shared.manifest import FileEntry, Manifest
+from shared.sources import Part
 from shared.store import MANIFEST
 
 
@@ -197,3 +198,22 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="--weights-dir"):
         Holdings(tmp_path / "file", RUN)
+
+
+def test_others_are_told_of_what_they_can_be_given(
+    holdings: Holdings, versions: Versions, tmp_path: Path
+) -> None:
+    for version in range(4):
+        take(holdings, versions, version)
+    deltas = {(version, Part.DELTA) for version in (1, 2, 3)}
+    assert holdings.parts() == deltas | {(0, Part.FULL)}  # version 3 is an anchor, by its shortcut
+    shutil.copytree(versions.folder(3), tmp_path / "written")
+    holdings.complete(3, sorted((tmp_path / "written").glob("weights-*")))
+    assert holdings.parts() == deltas | {(0, Part.FULL), (3, Part.FULL)}
+    holdings.close()
+    (holdings.folder_of(3) / "weights-1.safetensors").unlink()
+    (holdings.folder_of(1) / "delta-0.zst").unlink()
+    again = Holdings(tmp_path / "held", RUN)
+    assert again.parts() == {(0, Part.FULL), (2, Part.DELTA), (3, Part.DELTA)}
+    assert again.versions() == (0, 2, 3)
+    again.close()
