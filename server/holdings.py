@@ -16,11 +16,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
+from server.planning import parts_of
 from server.rebuilt import Rebuilt
 from shared.chain import Chain, Held
 from shared.errors import ConfigError, RoomError, WeightsError
 from shared.manifest import FileEntry, Manifest
 from shared.receiving import FULL, holds
+from shared.sources import Part
 from shared.store import MANIFEST, version_folder, version_of
 
 
@@ -98,8 +100,17 @@ class Holdings:
             yield version, _Version.of(manifest, right)
 
     def versions(self) -> tuple[int, ...]:
-        """Versions of which files are here and verified, ascending: `ServerRecord.serves_files`."""
-        return tuple(sorted(version for version, held in self._held.items() if held.names))
+        """Versions whose delta or full files others can be given, ascending: `ServerRecord.serves_files`."""
+        return tuple(sorted({version for version, _ in self.parts()}))
+
+    def parts(self) -> frozenset[tuple[int, Part]]:
+        """Which files of which versions others can be given: of an anchor by its shortcut, not the full ones."""
+        return frozenset(
+            (version, part)
+            for version, held in self._held.items()
+            for part, files in parts_of(held.manifest)
+            if files and held.has(files)
+        )
 
     def manifest(self, version: int) -> Manifest | None:
         """The manifest of a held version."""

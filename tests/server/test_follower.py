@@ -34,6 +34,7 @@ from server.waiting import patiently
 from shared.coordination import RedisCoordinator
 from shared.errors import BusyError, CoordinationError, EngineError, RoomError, WeightsError
 from shared.fleet import ServerRecord, ServerState
+from shared.sources import Part, Sources
 from shared.store import FsspecStore
 from tests.server.weight_run import TIMEOUT, FakeEngine, Run, digests, service_of
 from trainer.collection import Collector
@@ -67,6 +68,7 @@ class Member:
         self.status = Status(server_id="s")
         self.holder = Holder(self.status)
         self.follower: Follower
+        self.peers = True
 
     @property
     def holdings(self) -> Holdings:
@@ -78,7 +80,7 @@ class Member:
         """Catch up, then serve and follow until the stack ends."""
         settings = ServerSettings(
             engine="fake", engine_settings=EngineSettings(model="m"), run=self.run.name,
-            weights_dir=self.folder,
+            weights_dir=self.folder, peers=self.peers,
         )  # fmt: skip
         coordinator = RedisCoordinator(self.run.redis_url, self.run.name)
         self.stack.push_async_callback(coordinator.close)
@@ -124,6 +126,28 @@ async def test_a_late_joiner_comes_by_an_anchor_and_fifteen_deltas(
     await member.holds(15)
     assert [len(member.engine.loads), member.engine.loads[0].base_digest] == [1, None]
     assert member.holdings.versions() == tuple(range(16))
+
+
+@pytest.mark.parametrize("peers", [True, False])
+async def test_other_servers_are_told_what_is_here_unless_there_are_to_be_none(
+    run: Run, member: Member, peers: bool
+) -> None:
+    await run.publish()
+    member.peers = peers
+    await member.start()
+    await member.holds(0)
+    found = Sources(coordinator=run.coordinator, claimant="http://other")
+    async with asyncio.timeout(TIMEOUT):
+        while (answer := await claimed(found)) != ("http://s" if peers else None):
+            assert answer is None
+            await asyncio.sleep(0.02)
+    await member.stack.aclose()
+    assert await claimed(found) is None
+
+
+async def claimed(one: Sources) -> str | None:
+    """Who gives version 0, but for the store."""
+    return (await one.claim(0, Part.FULL, without=(), peers=True, origin=False)).source
 
 
 async def test_missed_versions_are_taken_as_one_patch(run: Run, member: Member) -> None:

@@ -16,6 +16,7 @@ from versions import RUN, Versions
 from server.holdings import Holdings
 from shared.errors import ConfigError, WeightsError
 from shared.manifest import FileEntry, Manifest
+from shared.sources import Part
 from shared.store import MANIFEST
 
 
@@ -229,3 +230,22 @@ def test_another_manifest_of_a_held_version_keeps_what_both_name(
 def test_a_version_that_is_not_held_is_not_adopted(holdings: Holdings, versions: Versions) -> None:
     holdings.adopt(versions.manifests[0])
     assert holdings.manifest(0) is None
+
+
+def test_others_are_told_of_what_they_can_be_given(
+    holdings: Holdings, versions: Versions, tmp_path: Path
+) -> None:
+    for version in range(4):
+        take(holdings, versions, version)
+    deltas = {(version, Part.DELTA) for version in (1, 2, 3)}
+    assert holdings.parts() == deltas | {(0, Part.FULL)}  # version 3 is an anchor, by its shortcut
+    shutil.copytree(versions.folder(3), tmp_path / "written")
+    holdings.complete(3, sorted((tmp_path / "written").glob("weights-*")))
+    assert holdings.parts() == deltas | {(0, Part.FULL), (3, Part.FULL)}
+    holdings.close()
+    (holdings.folder_of(3) / "weights-1.safetensors").unlink()
+    (holdings.folder_of(1) / "delta-0.zst").unlink()
+    again = Holdings(tmp_path / "held", RUN)
+    assert again.parts() == {(0, Part.FULL), (2, Part.DELTA), (3, Part.DELTA)}
+    assert again.versions() == (0, 2, 3)
+    again.close()
