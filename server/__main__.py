@@ -88,6 +88,11 @@ def parser() -> argparse.ArgumentParser:
 def _add_weights(add: Callable[..., object]) -> None:
     """How a run's weights are followed."""
     add(
+        "--no-peers",
+        action="store_true",
+        help="fetch weights from the store alone and tell no other server what is held here",
+    )
+    add(
         "--weights-dir",
         type=Path,
         default=None,
@@ -223,6 +228,7 @@ def settings(arguments: Sequence[str] | None) -> "ServerSettings":
         run=args.run,
         store=args.store,
         store_token=token,
+        peers=not args.no_peers,
         weights_dir=args.weights_dir,
         redis_wait_s=args.redis_wait,
         max_lag=args.max_lag,

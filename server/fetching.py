@@ -3,19 +3,20 @@
 import contextlib
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from server.holdings import Holdings
 from server.planning import Step, plan
-from server.turns import Turns
+from server.trouble import Trouble
+from server.turns import Source, Turns
 from shared.chain import Chain
 from shared.coordination import RedisCoordinator
-from shared.errors import RoomError, WeightsError
+from shared.errors import AbsentError, LocalError, RoomError, SpokeError, WeightsError
 from shared.fleet import Head
 from shared.manifest import Manifest
-from shared.sources import Sources
+from shared.sources import Part, Sources
 from shared.store import WeightReader
 from shared.store_url import is_http, shown
 from shared.threads import in_daemon_thread
@@ -24,8 +25,16 @@ log = logging.getLogger("spoke.fetching")
 
 PATH = "/weights"
 """Below a server's URL: what it holds, laid out as a store."""
+MOST_BAD = 3
+"""Servers that may fail for one thing that is wanted before the store alone is asked, in its turn."""
+MOST_ABSENT = 16
+"""Servers that may turn out not to have it; that costs next to nothing."""
 
 T = TypeVar("T")
+
+
+async def _nobody(lowest: int | None) -> None:
+    """Is told nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,29 +42,33 @@ class Fetcher:
     """Fetches versions into a server's holdings. One call at a time.
 
     A store over HTTP is the trainer's own uplink: it is asked by a few servers at once, and the others fetch from
-    those. Any other store is asked first and by all; the servers help where it fails.
+    those. Any other store is asked first and by all; the servers help where it fails. Manifests are small: many
+    servers are given them at once.
 
     Args:
         holdings: take them.
         coordinator: knows who holds what.
-        open_store: the reader of a store at a URL, or of another server at its URL and `PATH`.
+        open_store: the reader of a store at a URL.
+        open_peer: the reader of another server at its URL and `PATH`.
         store_url: this server's own URL of the store; None takes what the head names.
         url: how the other servers reach this one.
+        needs: is told of the lowest version whose files are being fetched, and of None once they are here.
         peers: take files from other servers.
-        patience_s: longest wait for a slot, seconds, besides a time for the bytes; then the store is asked anyway.
+        patience_s: longest wait for slots in one call, seconds; well below `taking.TAKE_S`.
     """
 
     holdings: Holdings
     coordinator: RedisCoordinator
     open_store: Callable[[str], WeightReader]
+    open_peer: Callable[[str], WeightReader]
     store_url: str | None
     url: str
+    needs: Callable[[int | None], Awaitable[None]] = _nobody
     peers: bool = True
-    patience_s: float = 30.0
+    patience_s: float = 900.0
     count: Callable[[str, int], None] = lambda source, size: None
     """Is told of bytes that came from the `store` or a `peer`."""
-    _bad: dict[int, set[str]] = field(default_factory=dict)
-    """URLs that failed for a version: not asked again for it."""
+    _trouble: Trouble = field(default_factory=Trouble)
 
     async def chain_to(self, head: Head) -> Chain:
         """Fetch what is missing of a head, and of what it builds upon; then everything is on this disk, verified.
@@ -67,24 +80,28 @@ class Fetcher:
 
         Raises:
             RoomError: this disk is full; what had come of the version is deleted.
-            WeightsError: a file cannot be had, or is damaged wherever it is.
+            WeightsError: a file cannot be had, or is damaged wherever it is, or others are before us for too long.
         """
         held = self.holdings.chain(head.version)
         if held is not None and held.manifest.digest == head.manifest_digest:
             return held
         async with self._session(head) as session:
+            wanted = await session.head()
+            await in_daemon_thread(self.holdings.adopt, wanted)
             steps = await plan(
-                await session.head(),
+                wanted,
                 held=self.holdings.makes,
                 lowest=min(self.holdings.versions(), default=None),
                 manifest_of=session.base,
             )
+            if steps:  # the store keeps them for us from now on
+                await self.needs(steps[0].manifest.version)
             for step in steps:
                 await session.take(step)
+        await self.needs(None)
         chain = self.holdings.chain(head.version)
         if chain is None:
             raise WeightsError(f"version {head.version} is not whole although it was fetched")
-        self._bad.clear()
         return chain
 
     @contextlib.asynccontextmanager
@@ -94,6 +111,7 @@ class Fetcher:
             peers=self.peers,
             direct=not is_http(self.store_url or head.store),
             patience_s=self.patience_s,
+            trouble=self._trouble,
         )
         stop = threading.Event()
         try:
@@ -102,8 +120,9 @@ class Fetcher:
                 head_record=head,
                 turns=turns,
                 open_store=self.open_store,
+                open_peer=self.open_peer,
                 origin=self.store_url or head.store,
-                bad=self._bad,
+                trouble=self._trouble,
                 stop=stop,
                 count=self.count,
             )
@@ -120,8 +139,9 @@ class _Session:
     head_record: Head
     turns: Turns
     open_store: Callable[[str], WeightReader]
+    open_peer: Callable[[str], WeightReader]
     origin: str
-    bad: dict[int, set[str]]
+    trouble: Trouble
     stop: threading.Event
     count: Callable[[str, int], None]
 
@@ -140,7 +160,7 @@ class _Session:
         held = self.holdings.manifest(version)
         if held is not None and held.digest == digest:
             return held
-        return await self._from_somebody(version, 0, read)
+        return await self._manifest(version, read)
 
     async def base(self, version: int, weights_digest: str) -> Manifest:
         """The manifest of a version that a delta starts from."""
@@ -156,7 +176,12 @@ class _Session:
         held = self.holdings.manifest(version)
         if held is not None and held.weights_digest == weights_digest:
             return held
-        return await self._from_somebody(version, 0, read)
+        return await self._manifest(version, read)
+
+    async def _manifest(self, version: int, read: Callable[[WeightReader], Manifest]) -> Manifest:
+        found = await self._from_somebody(version, Part.MANIFEST, 0, read)
+        await self.turns.release(holds=False)
+        return found
 
     async def take(self, step: Step) -> None:
         """Fetch a step's files and hold them."""
@@ -167,43 +192,67 @@ class _Session:
             reader.fetch(manifest, folder, step.files, stop=self.stop)
 
         try:
-            await self._from_somebody(manifest.version, step.size, read)
+            await self._from_somebody(manifest.version, step.part, step.size, read)
             await in_daemon_thread(self.holdings.add, manifest, step.files)
         except RoomError:
             await in_daemon_thread(self.holdings.abandon, manifest.version)
             raise
         await self.turns.release(holds=True)
 
-    async def _from_somebody(self, version: int, size: int, read: Callable[[WeightReader], T]) -> T:
-        """What some source gives; one that fails is not asked again for this version.
+    async def _from_somebody(
+        self, version: int, part: Part, size: int, read: Callable[[WeightReader], T]
+    ) -> T:
+        """What some source gives. The claim on it is kept: `turns.release` says whether it is held now.
 
         Raises:
-            WeightsError: of the store, once nobody else is left.
+            WeightsError: of the store, once nobody else is left; or nobody has a slot free.
         """
-        bad = self.bad.setdefault(version, set())
-        failed: WeightsError | None = None
+        bad, absent = 0, list[str]()
+        failed: SpokeError | None = None
         while True:
-            source = await self.turns.source(version, size, without=bad, origin=failed is None)
+            source = await self.turns.source(
+                version,
+                part,
+                without=[*self.trouble.servers, *absent],
+                peers=bad < MOST_BAD
+                and len(absent) < MOST_ABSENT
+                and not self.trouble.reaches_nobody,
+                origin=failed is None,
+            )
             if source is None:
                 raise failed or WeightsError(f"version {version}: nobody has it")
             try:
-                found = await self._ask(self.origin if source.is_store else source.url + PATH, read)
-                self.count("store" if source.is_store else "peer", size)
-                return found
-            except RoomError:
+                found = await self._ask(source, read)
+            except LocalError:
                 raise
-            except WeightsError as error:
-                await self.turns.release(holds=False)
+            except (
+                SpokeError
+            ) as error:  # of a server's URL too: whoever writes to Redis may write anything there
                 log.info("%s", error)
+                absent_there = isinstance(error, AbsentError)
+                await self.turns.release(holds=False, absent=absent_there)
                 if source.is_store:
                     failed = error
+                elif absent_there:
+                    absent.append(source.url)
                 else:
-                    bad.add(source.url)
+                    bad += 1
+                    self.trouble.failed(source.url)
+                continue
+            if not source.is_store:
+                self.trouble.worked(source.url)
+            self.count("store" if source.is_store else "peer", size)
+            return found
 
-    async def _ask(self, url: str, read: Callable[[WeightReader], T]) -> T:
+    async def _ask(self, source: Source, read: Callable[[WeightReader], T]) -> T:
         def work() -> T:
-            with contextlib.closing(self.open_store(url)) as reader:
+            reader = (
+                self.open_store(self.origin)
+                if source.is_store
+                else self.open_peer(source.url.rstrip("/") + PATH)
+            )
+            with contextlib.closing(reader):
                 return read(reader)
 
-        log.debug("asking %s", shown(url))
+        log.debug("asking %s", shown(self.origin if source.is_store else source.url))
         return await in_daemon_thread(work)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from server.engines.base import Engine, transfer_of
+from server.live import rounded
 from server.metrics import Metrics
 from server.states import Began, Failed, Heard
 from server.status import Status
@@ -22,7 +23,7 @@ from server.taking import Taker
 from server.waiting import patiently
 from shared.coordination import RECORD_S, Coordinator
 from shared.errors import CoordinationError, SpokeError
-from shared.fleet import ServerRecord
+from shared.fleet import Head, ServerRecord
 from shared.transfer import TransferBackend
 
 log = logging.getLogger("spoke.follower")
@@ -86,12 +87,13 @@ class Follower:
         """
         await patiently(self._hear, bound_s)
         while not self.status.standing.holds_head:
+            head = self.status.standing.head
             taken = await self._take_newest()
             with contextlib.suppress(CoordinationError):  # the head that is known is still good
                 await self._hear()
             if taken and not self.status.standing.is_stale:
                 return
-            await self._pause()
+            await self._pause(head)
 
     async def run(self) -> None:
         """Follow the head for ever."""
@@ -101,7 +103,11 @@ class Follower:
             group.create_task(self._take_for_ever())
 
     async def heartbeat(self) -> None:
-        """Renew this server's record for ever."""
+        """Renew this server's record for ever.
+
+        Raises:
+            ConfigError: another living server has this one's id.
+        """
         while True:
             await self._tell()
             await asyncio.sleep(HEARTBEAT_S)
@@ -110,6 +116,7 @@ class Follower:
         """Write this server's record now: it acknowledges what is held.
 
         Raises:
+            ConfigError: another living server has this one's id.
             CoordinationError: Redis is away.
         """
         async with self._reporting:
@@ -117,10 +124,21 @@ class Follower:
             await self.coordinator.report(record)
             self._acknowledged = (record.version, record.digest)
 
+    async def needs(self, lowest: int | None) -> None:
+        """Put into the record what is being fetched, at once: the trainer deletes what nobody holds or needs.
+
+        Args:
+            lowest: version whose files are needed, and those of what follows; None for none.
+        """
+        self.status.needs = lowest
+        if lowest is not None:
+            await self._tell()
+
     def _record(self) -> ServerRecord:
         info, standing = self.engine.info, self.status.standing
         return ServerRecord(
             server_id=self.status.server_id,
+            instance=self.status.instance,
             url=self.url,
             state=standing.state,
             version=standing.version,
@@ -131,6 +149,7 @@ class Follower:
             sampled_tokens=self.status.sampled_tokens,
             head=0 if standing.head is None else standing.head.version,
             serves_files=self.files(),
+            needs=self.status.needs,
             transfer=self._takes(),
             last_error=standing.failure,
             updated_at=time.time(),
@@ -191,12 +210,15 @@ class Follower:
             self._news.clear()
             standing = self.status.standing
             if standing.holds_head:
+                self.status.needs = None  # of a fetch that failed
                 if self._acknowledged != (standing.version, standing.digest):
                     await self._tell()  # it came by broadcast
                 await self.taker.tidy()
                 await self._news.wait()
-            elif not await self._broadcast_came() and not await self._take_newest():
-                await self._pause()
+            elif not await self._broadcast_came():
+                head = self.status.standing.head
+                if not await self._take_newest():
+                    await self._pause(head)
 
     async def _broadcast_came(self) -> bool:
         """Where the engine is in a group, wait a moment for the newest version to come so. A trainer that
@@ -212,15 +234,17 @@ class Follower:
                 await transfer.leave()
         return status.standing.holds_head
 
-    async def _pause(self) -> None:
-        """Wait as long as the failures so far ask for; a newer head ends it."""
-        standing = self.status.standing
-        known = standing.head
+    async def _pause(self, failed: Head | None) -> None:
+        """Wait as long as the failures so far ask for; a newer head ends it.
+
+        Args:
+            failed: the head that could not be taken: a newer one may have come while it was tried.
+        """
         # Not in step with the rest of the fleet.
-        seconds = pause_s(standing.failures) * random.uniform(0.7, 1.3)
+        seconds = pause_s(self.status.standing.failures) * random.uniform(0.7, 1.3)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while self.status.standing.head == known:
+                while self.status.standing.head == failed:
                     self._news.clear()
                     await self._news.wait()
 
@@ -230,10 +254,12 @@ class Follower:
         assert head is not None, "only what was heard of is taken"
         self.status.note(Began(head.version))
         await self._tell()
-        taken = False
+        taken, first = False, not self.status.weights_digest
         try:
             await self.taker.take(head)
             taken = True
+            if first:
+                self._warn_of_rounding()
         except (SpokeError, OSError) as error:  # OSError: no room on the disk, or too slow
             reason = str(error) or type(error).__name__
             named = f"version {head.version}"
@@ -245,6 +271,12 @@ class Follower:
         self.metrics.updates.labels("ok" if taken else "failed").inc()
         await self._tell()
         return taken
+
+    def _warn_of_rounding(self) -> None:
+        manifest = self.status.manifest
+        loss = None if manifest is None else rounded(manifest.dtype, self.engine.info.dtype)
+        if loss is not None:
+            log.warning("%s", loss)
 
     async def _tell(self) -> None:
         try:

@@ -1,10 +1,13 @@
 """Puts together what follows a run: where fetched versions lie, who fetches them, who takes them."""
 
+import asyncio
 import contextlib
 import shutil
 import tempfile
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
+from server.advertising import Advertiser
 from server.app import Holder
 from server.fetching import Fetcher
 from server.follower import Follower
@@ -14,8 +17,10 @@ from server.settings import ServerSettings
 from server.taking import Taker
 from shared.coordination import RedisCoordinator
 from shared.errors import ConfigError
+from shared.http_store import open_peer
 from shared.open_store import open_store
 from shared.scratch import Scratch
+from shared.sources import Sources
 from shared.threads import in_daemon_thread
 
 
@@ -40,6 +45,10 @@ async def open_follower(
     Raises:
         ConfigError: the folder of versions cannot be used.
     """
+
+    async def needs(lowest: int | None) -> None:
+        await follower.needs(lowest)
+
     holdings, work = await in_daemon_thread(_folders, settings, stack)
     holder.holdings = holdings
     fetcher = Fetcher(
@@ -48,10 +57,16 @@ async def open_follower(
         open_store=lambda store_url: open_store(
             store_url, settings.run, token=settings.store_token
         ),
+        open_peer=lambda peer_url: open_peer(peer_url, settings.run, token=settings.store_token),
         store_url=settings.store,
         url=url,
+        needs=needs,
+        peers=settings.peers,
         count=lambda source, size: holder.metrics.fetched.labels(source).inc(size),
     )
+    if settings.peers:
+        sources = Sources(coordinator=coordinator, claimant=url)
+        stack.push_async_callback(_advertised(Advertiser(sources=sources, parts=holdings.parts)))
     taker = Taker(
         fetcher=fetcher,
         holdings=holdings,
@@ -60,7 +75,7 @@ async def open_follower(
         folder=work,
         metrics=holder.metrics,
     )
-    return Follower(
+    follower = Follower(
         coordinator=coordinator,
         taker=taker,
         files=holdings.versions,
@@ -69,6 +84,20 @@ async def open_follower(
         url=url,
         metrics=holder.metrics,
     )
+    return follower
+
+
+def _advertised(advertiser: Advertiser) -> Callable[[], Awaitable[None]]:
+    """Advertise until what this returns is called."""
+    task = asyncio.create_task(advertiser.run())
+
+    async def end() -> None:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        await advertiser.leave()
+
+    return end
 
 
 def _folders(settings: ServerSettings, stack: contextlib.AsyncExitStack) -> tuple[Holdings, Path]:

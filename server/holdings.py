@@ -16,11 +16,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
+from server.planning import parts_of
 from server.rebuilt import Rebuilt
 from shared.chain import Chain, Held
 from shared.errors import ConfigError, RoomError, WeightsError
 from shared.manifest import FileEntry, Manifest
 from shared.receiving import FULL, holds
+from shared.sources import Part
 from shared.store import MANIFEST, version_folder, version_of
 
 
@@ -98,8 +100,17 @@ class Holdings:
             yield version, _Version.of(manifest, right)
 
     def versions(self) -> tuple[int, ...]:
-        """Versions of which files are here and verified, ascending: `ServerRecord.serves_files`."""
-        return tuple(sorted(version for version, held in self._held.items() if held.names))
+        """Versions whose delta or full files others can be given, ascending: `ServerRecord.serves_files`."""
+        return tuple(sorted({version for version, _ in self.parts()}))
+
+    def parts(self) -> frozenset[tuple[int, Part]]:
+        """Which files of which versions others can be given: of an anchor by its shortcut, not the full ones."""
+        return frozenset(
+            (version, part)
+            for version, held in self._held.items()
+            for part, files in parts_of(held.manifest)
+            if files and held.has(files)
+        )
 
     def manifest(self, version: int) -> Manifest | None:
         """The manifest of a held version."""
@@ -165,6 +176,28 @@ class Holdings:
         except OSError as error:
             raise self._failed(version, error) from None
         return folder
+
+    def adopt(self, manifest: Manifest) -> None:
+        """Hold a version under another manifest of its number; files that both name stay, the others are deleted.
+
+        A run that was trained anew from the same weights has such manifests: they differ in their time at least.
+
+        Raises:
+            WeightsError: it cannot be written; everything is as it was.
+        """
+        version, named = manifest.version, _entries(manifest)
+        with self._changing:
+            held = self._held.get(version)
+            if held is None or held.manifest.digest == manifest.digest:
+                return
+            before = [e for e in _entries(held.manifest) if e.name in held.names]
+            kept = {entry.name for entry in before if entry in named}
+            folder = self.folder_of(version)
+            self._write(manifest, folder)
+            self._held = {**self._held, version: _Version.of(manifest, kept)}
+            for entry in before:
+                if entry.name not in kept:
+                    (folder / entry.name).unlink(missing_ok=True)
 
     def add(self, manifest: Manifest, files: Sequence[FileEntry]) -> None:
         """Hold files that lie in `incoming(manifest)`, as `shared.receiving.receive` has verified them.

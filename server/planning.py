@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from shared.errors import WeightsError
 from shared.manifest import FileEntry, Manifest
+from shared.sources import Part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -15,9 +16,20 @@ class Step:
     files: tuple[FileEntry, ...]
 
     @property
+    def part(self) -> Part:
+        """Which of the version's files these are."""
+        return next(part for part, files in parts_of(self.manifest) if files == self.files)
+
+    @property
     def size(self) -> int:
         """Bytes."""
         return sum(entry.size for entry in self.files)
+
+
+def parts_of(manifest: Manifest) -> tuple[tuple[Part, tuple[FileEntry, ...]], ...]:
+    """The kinds of files that a version has."""
+    full = ((Part.FULL, manifest.files),) if manifest.is_anchor else ()
+    return full + (() if manifest.delta is None else ((Part.DELTA, manifest.delta.files),))
 
 
 async def plan(

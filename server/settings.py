@@ -41,6 +41,8 @@ class ServerSettings:
     """Weight store, where this server reaches it under another URL than the trainer announces."""
     store_token: str | None = field(default=None, repr=False)
     """Sent to stores over HTTP and to other servers, and accepted from them for weights alone."""
+    peers: bool = True
+    """Whether weights come from other servers too, and go to them."""
     weights_dir: Path | None = None
     """Where fetched versions lie, to be used again after a restart; None: a folder that goes with the process."""
     redis_wait_s: float = 60.0

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -49,12 +50,16 @@ class Status:
     """What a server knows of itself; the fleet table shows it."""
 
     server_id: str
+    instance: str = field(default_factory=lambda: secrets.token_hex(8))
+    """Of this process: another one under the same id is not this server."""
     standing: Standing = field(default_factory=Standing)
     """Changed by `note` alone."""
     manifest: Manifest | None = None
     """Of the weights in the engine; None for the checkpoint it started from."""
     update: Update | None = None
     """The last one that was taken."""
+    needs: int | None = None
+    """Lowest version whose files are being fetched; None while there is none."""
     in_flight: int = 0
     """Requests being answered."""
     sampled_tokens: int = 0

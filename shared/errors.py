@@ -8,7 +8,9 @@ SpokeError
 │   └── TreeTooLargeError  it is more than the reader takes
 ├── EngineError            the engine failed, or is dead
 ├── WeightsError           bytes of a version are missing, damaged or do not fit the model
-│   ├── RoomError          the disk has no room for them
+│   ├── AbsentError        who was asked does not have them
+│   ├── LocalError         this machine's disk, not who was asked: another source would not help
+│   │   └── RoomError      the disk has no room for them
 │   └── NeedsFullError     changed elements alone are of no use to the engine: it takes a full set
 └── CoordinationError      Redis is away, or refused
     ├── LeaseError         our lease on the run is gone, or another trainer has trained it
@@ -73,8 +75,16 @@ class WeightsError(SpokeError):
     """Weights that are missing, damaged, or do not fit the model; the old ones stay in place."""
 
 
-class RoomError(WeightsError):
-    """The disk has no room for a version's bytes: another source would not help."""
+class AbsentError(WeightsError):
+    """Who was asked for a version's bytes does not have them."""
+
+
+class LocalError(WeightsError):
+    """This machine cannot keep a version's bytes: another source would not help."""
+
+
+class RoomError(LocalError):
+    """The disk has no room for a version's bytes."""
 
 
 class NeedsFullError(WeightsError):

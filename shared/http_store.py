@@ -17,17 +17,19 @@ from typing import TypeVar
 
 import httpx
 
-from shared.errors import ConfigError, RoomError, WeightsError
+from shared.errors import AbsentError, ConfigError, LocalError, WeightsError
 from shared.manifest import FileEntry, Manifest, check_run_name
 from shared.receiving import Stop, StoppedError, receive, receive_all
 from shared.retry_after import retry_after_s
 from shared.store import MANIFEST, MANIFEST_BYTES, version_folder
-from shared.store_url import VARIABLE, check_http
+from shared.store_url import VARIABLE, check_http, is_http, shown
 
 CONNECT_S = 5.0
 """Bound of a connection's making."""
 STALL_S = 15.0
 """How long a source may send no byte."""
+PEER_STALL_S = 5.0
+"""The same for another server: there are others to ask."""
 SLOWEST = 32 << 10
 """Bytes a second that a source must send, on the whole of a file: one that drips is given up too."""
 TRIES = 3
@@ -103,7 +105,7 @@ class HttpStore:
         try:
             data = self._with_tries(read, Stop(None))
         except WeightsError as error:
-            raise WeightsError(
+            raise _kind(error)(
                 f"version {version} of run {self._run} has no readable manifest at {self.url}: {error}"
             ) from error
         return Manifest.decode(data, run=self._run, version=version)
@@ -127,10 +129,12 @@ class HttpStore:
         def one(entry: FileEntry) -> Path:
             try:
                 return self._with_tries(lambda: receive(entry, folder, opened, ended), ended)
-            except (RoomError, StoppedError):
+            except (LocalError, StoppedError):
                 raise
-            except (WeightsError, OSError) as error:
-                raise WeightsError(
+            except OSError as error:  # of this disk: the network's are httpx' own
+                raise LocalError(f"version {version}: {entry.name}: {error}") from error
+            except WeightsError as error:
+                raise _kind(error)(
                     f"version {version}: {entry.name} from {self.url}: {error}"
                 ) from error
 
@@ -165,6 +169,29 @@ class HttpStore:
         except httpx.TransportError as error:
             reason = str(error) or type(error).__name__
             raise _AgainError(f"the connection failed: {reason}") from error
+        except (httpx.InvalidURL, UnicodeError) as error:  # a host that is no host's name
+            raise WeightsError(f"its URL cannot be asked: {error}") from error
+
+
+def open_peer(url: str, run: str, *, token: str | None = None) -> HttpStore:
+    """The reader of what another server holds: asked once, and given up soon, since there are others to ask.
+
+    Args:
+        url: as that server advertises it, and its path.
+        run: name of the run.
+        token: bearer token.
+
+    Raises:
+        ConfigError: the URL or the run cannot be used.
+    """
+    if not is_http(url):
+        raise ConfigError(f"server {shown(url)!r}: weights come over http(s) from other servers")
+    return HttpStore(url, run, token=token, stall_s=PEER_STALL_S, tries=1)
+
+
+def _kind(error: WeightsError) -> type[WeightsError]:
+    """Of the error that says more of where this one happened."""
+    return AbsentError if isinstance(error, AbsentError) else WeightsError
 
 
 def _start(response: httpx.Response, offset: int) -> int:
@@ -185,7 +212,7 @@ def _start(response: httpx.Response, offset: int) -> int:
             f"{status}: give its token, with what it needs to read weights, in {VARIABLE}"
         )
     if status == 404:
-        raise WeightsError("404: it is not there")
+        raise AbsentError("404: it is not there")
     if status == 416:
         raise WeightsError(f"416: it has no more than {offset} bytes")
     detail = f"it was answered with status {status}"

@@ -7,8 +7,8 @@
 | `spoke:{RUN}:head`           | hash    | the run         | announce, restore| servers, trainer  |
 | `spoke:{RUN}:events`         | stream  | ~1000 entries   | announce, restore| servers           |
 | `spoke:{RUN}:servers`        | set     | the run         | servers; readers | trainer, commands |
-| `spoke:{RUN}:server:ID`      | string  | lease (5 s)     | that server      | trainer, commands |
-| `spoke:{RUN}:holders:V`      | zset    | 30 s            | settle_source    | claim_source      |
+| `spoke:{RUN}:server:ID`      | string  | lease (5 s)     | report, leave    | trainer, commands |
+| `spoke:{RUN}:holders:V:PART` | zset    | 60 s            | their servers    | claim_source      |
 | `spoke:{RUN}:slots:SOURCE`   | zset    | claim (15 s)    | claim_source     | claim_source      |
 
 A Redis that restarted empty gets the head back from whoever remembers it (restore.lua), the servers with their
@@ -67,9 +67,9 @@ class Keys:
         """One server's record, JSON."""
         return self._key(f"server:{server_id}")
 
-    def holders(self, version: int) -> str:
-        """URLs of servers that said a moment ago that they hold a version."""
-        return self._key(f"holders:{version}")
+    def holders(self, version: int, part: str) -> str:
+        """URLs of servers that said a moment ago that they hold a version's `delta` or `full` files."""
+        return self._key(f"holders:{version}:{part}")
 
     def slots(self, source: str) -> str:
         """Who fetches from a source now."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 from shared.digests import file_sha256
-from shared.errors import RoomError, WeightsError
+from shared.errors import LocalError, RoomError, WeightsError
 from shared.manifest import FileEntry
 
 PIECE = 1 << 20
@@ -76,6 +76,7 @@ def receive(entry: FileEntry, folder: Path, opened: Opener, stop: Stop | None = 
 
     Raises:
         RoomError: the disk is full; nothing of the file is left.
+        LocalError: another call still writes the file.
         WeightsError: the source has other bytes, too few or too many of them.
     """
     target = folder / entry.name
@@ -159,7 +160,7 @@ def _alone(part: Path) -> Iterator[BinaryIO]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise WeightsError(f"{part.name} is being written already; try again") from None
+            raise LocalError(f"{part.name} is being written already; try again") from None
         try:
             yield stream
         finally:

@@ -16,7 +16,7 @@ import fsspec
 from fsspec.callbacks import Callback
 
 from shared.digests import sha256_of
-from shared.errors import ConfigError, RoomError, WeightsError
+from shared.errors import ConfigError, LocalError, WeightsError
 from shared.manifest import FileEntry, Manifest, check_run_name
 from shared.receiving import FULL, PIECE, Opener, Stop, receive, receive_all
 from shared.store_url import is_http, shown
@@ -332,7 +332,7 @@ class FsspecStore:
         def one(entry: FileEntry) -> Path:
             try:
                 return receive(entry, folder, self._opener(version), ended)
-            except RoomError:
+            except LocalError:
                 raise
             except (OSError, WeightsError) as error:
                 reason = str(error) or type(error).__name__

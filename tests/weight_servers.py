@@ -11,13 +11,16 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry, Counter
 from support import on_a_socket
 
+from server.advertising import Advertiser
 from server.fetching import Fetcher
 from server.holdings import Holdings
 from server.problems import add_error_handlers
 from server.weights_routes import add_weights_routes
 from shared.coordination import RedisCoordinator
 from shared.fleet import ServerRecord, ServerState
+from shared.http_store import open_peer
 from shared.open_store import open_store
+from shared.sources import Sources
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +31,7 @@ class Peer:
     holdings: Holdings
     fetcher: Fetcher
     coordinator: RedisCoordinator
+    advertiser: Advertiser
     sent: Counter
 
     @property
@@ -41,6 +45,7 @@ class Peer:
             engine="e", serves_files=self.holdings.versions(), updated_at=0.0,
         )  # fmt: skip
         await self.coordinator.report(record)
+        await self.advertiser.say()
 
 
 @contextlib.asynccontextmanager
@@ -50,7 +55,7 @@ async def peer(
     *,
     run: str,
     peers: bool = True,
-    patience_s: float = 30.0,
+    patience_s: float = 60.0,
     token: str | None = None,
 ) -> AsyncIterator[Peer]:
     """A server that fetches into a folder and serves what it holds."""
@@ -68,14 +73,17 @@ async def peer(
                 holdings=holdings,
                 coordinator=coordinator,
                 open_store=lambda store_url: open_store(store_url, run, token=token),
+                open_peer=lambda peer_url: open_peer(peer_url, run, token=token),
                 store_url=None,
                 url=url,
                 peers=peers,
                 patience_s=patience_s,
             )
+            sources = Sources(coordinator=coordinator, claimant=url)
             yield Peer(
-                url=url, holdings=holdings, fetcher=fetcher, coordinator=coordinator, sent=sent
-            )
+                url=url, holdings=holdings, fetcher=fetcher, coordinator=coordinator, sent=sent,
+                advertiser=Advertiser(sources=sources, parts=holdings.parts),
+            )  # fmt: skip
     finally:
         await coordinator.close()
         holdings.close()

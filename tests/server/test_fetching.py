@@ -10,23 +10,30 @@ import contextlib
 import logging
 import os
 import shutil
+import socket
 import subprocess
 import uuid
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import httpx
 import pytest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from support import on_a_socket
 from versions import Versions
 from weight_servers import Peer, peer, relay
 
+from server import turns
 from server.fetching import Fetcher
+from shared import coordination, sources
 from shared.coordination import RedisCoordinator
 from shared.errors import RoomError, WeightsError
 from shared.fleet import Head
+from shared.http_store import open_peer
 from shared.manifest import Manifest
 from shared.open_store import open_store
+from shared.sources import Part, Sources
 from shared.store import MANIFEST
 from trainer.file_server import create_app
 
@@ -129,7 +136,8 @@ async def test_the_uplink_carries_few_copies(
         for one in fleet:
             check(one, versions, head)
         copies = await uploaded(url) / size(versions.manifests[0])
-        assert copies <= 2 if peers else copies == 8
+        manifests = 8 * len(versions.manifests[0].encode()) / size(versions.manifests[0])
+        assert copies <= 2 + manifests if peers else copies == 8
         from_peers = sum(one.sent_bytes for one in fleet) / size(versions.manifests[0])
         assert from_peers == 8 - copies
 
@@ -166,6 +174,7 @@ async def test_redis_away_leaves_the_store(
             holdings=one.holdings,
             coordinator=away,
             open_store=lambda store_url: open_store(store_url, versions.run),
+            open_peer=lambda peer_url: open_peer(peer_url, versions.run),
             store_url=None,
             url=one.url,
         )
@@ -188,9 +197,219 @@ async def test_a_wait_for_a_slot_has_an_end(
         claims = {f"http://{n}": time_s * 1000 + 14_000 for n in range(2)}
         await one.coordinator._redis.zadd(keys.slots("origin"), claims)
         started = asyncio.get_running_loop().time()
-        await one.fetcher.chain_to(versions.head(store=url))
+        # Not from the store all the same: ten servers that did so would send ten copies over its uplink.
+        with pytest.raises(WeightsError, match="no source had a slot free"):
+            await one.fetcher.chain_to(versions.head(store=url))
         assert 0.2 < asyncio.get_running_loop().time() - started < 10
+        assert await uploaded(url) == len(versions.manifests[0].encode())
+        await one.coordinator._redis.delete(keys.slots("origin"))
+        await one.fetcher.chain_to(versions.head(store=url))
         check(one, versions, versions.head())
+
+
+async def test_a_slow_uplink_carries_few_copies_too(
+    versions: Versions, redis_url: str, tmp_path: Path
+) -> None:
+    """Each copy takes longer than a manifest is waited for, and claims are renewed several times meanwhile."""
+    versions.publish()
+    sending = asyncio.Semaphore(2)
+
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        async def later(message: Message) -> None:
+            if len(message.get("body", b"")) > 50_000:
+                async with sending:
+                    await asyncio.sleep(0.6)
+            await send(message)
+
+        await create_app(versions.root, None)(scope, receive, later)
+
+    app, seen = _counted(slow)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(turns, "MANIFEST_S", 0.2)
+        patch.setattr(turns, "CLAIM_S", 0.6)
+        patch.setattr(sources, "CLAIM_S", 0.6)
+        async with on_a_socket(app) as port, contextlib.AsyncExitStack() as stack:
+            fleet = [
+                await stack.enter_async_context(
+                    peer(tmp_path / f"{n}", redis_url, run=versions.run)
+                )
+                for n in range(10)
+            ]
+            head = versions.head(store=f"http://127.0.0.1:{port}")
+            await asyncio.gather(*(one.fetcher.chain_to(head) for one in fleet))
+    for one in fleet:
+        check(one, versions, head)
+    assert sum("weights-0" in path for path in seen) == 2
+
+
+async def test_many_manifests_are_given_without_waiting_for_files(
+    versions: Versions, redis_url: str, tmp_path: Path
+) -> None:
+    """All slots for manifests are taken too, and nobody gives them back."""
+    versions.publish()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(turns, "MANIFEST_S", 0.2)
+        async with (
+            trainer(versions) as url,
+            peer(tmp_path / "a", redis_url, run=versions.run) as one,
+        ):
+            keys = one.coordinator.keys
+            time_s, _ = await one.coordinator._redis.time()
+            claims = {f"http://{n}": time_s * 1000 + 14_000 for n in range(16)}
+            await one.coordinator._redis.zadd(keys.slots("manifest:origin"), claims)
+            async with asyncio.timeout(10):
+                await one.fetcher.chain_to(versions.head(store=url))
+            check(one, versions, versions.head())
+
+
+async def test_late_joiners_wait_for_those_who_can_give_an_anchor(
+    versions: Versions, redis_url: str, tmp_path: Path
+) -> None:
+    """Those who took the anchor by its shortcut are not asked for its shards, nor is the store by everybody."""
+    versions.publish()
+    app, seen = _counted(create_app(versions.root, None))
+    async with on_a_socket(app) as port, contextlib.AsyncExitStack() as stack:
+        url = f"http://127.0.0.1:{port}"
+        fleet = [
+            await stack.enter_async_context(peer(tmp_path / f"{n}", redis_url, run=versions.run))
+            for n in range(10)
+        ]
+        old, new = fleet[:4], fleet[4:]
+        for one in old:
+            await one.fetcher.chain_to(versions.head(store=url))
+        versions.publish(anchor=True)
+        head = versions.head(store=url)
+        for one in old:
+            await one.fetcher.chain_to(head)
+            await one.report()
+        assert old[0].holdings.parts() == {(0, Part.FULL), (1, Part.DELTA)}
+        before = len(seen)
+        await asyncio.gather(*(one.fetcher.chain_to(head) for one in new))
+        for one in new:
+            assert check(one, versions, head) == [1]
+        shards = [path for path in seen[before:] if "weights-0" in path]
+        assert 1 <= len(shards) <= 2
+
+
+async def test_what_a_server_has_no_more_is_asked_of_the_next(
+    versions: Versions, redis_url: str, tmp_path: Path
+) -> None:
+    """More of them than may fail: it is no fault of theirs, and none is asked twice by anybody."""
+    versions.publish()
+    app, seen = _counted(create_app(versions.root, None))
+    async with on_a_socket(app) as port, contextlib.AsyncExitStack() as stack:
+        url = f"http://127.0.0.1:{port}"
+        fleet = [
+            await stack.enter_async_context(peer(tmp_path / f"{n}", redis_url, run=versions.run))
+            for n in range(8)
+        ]
+        holder, *empty, joiner = fleet
+        await holder.fetcher.chain_to(versions.head(store=url))
+        for part in (Part.FULL, Part.DELTA):
+            await _instead_of(holder, *(one.url for one in empty), part=part)
+        await holder.report()
+        # Its slots are taken until the others have been asked.
+        keys = holder.coordinator.keys
+        time_s, _ = await holder.coordinator._redis.time()
+        claims = {f"http://{n}": time_s * 1000 + 1_500 for n in range(4)}
+        await holder.coordinator._redis.zadd(keys.slots(holder.url), claims)
+        await holder.coordinator._redis.zadd(keys.slots(f"manifest:{holder.url}"), claims)
+        before = len(seen)
+        await joiner.fetcher.chain_to(versions.head(store=url))
+        check(joiner, versions, versions.head())
+        assert len(seen) == before
+        left = await holder.coordinator._redis.zrange(keys.holders(0, "full"), 0, -1)
+        assert sorted(left) == sorted([holder.url, joiner.url])
+
+
+async def test_the_store_has_slots_after_servers_failed(
+    versions: Versions, redis_url: str, tmp_path: Path
+) -> None:
+    """Many servers that cannot reach any other still fetch in turn."""
+    versions.publish()
+    app, seen = _counted(create_app(versions.root, None))
+    async with (
+        on_a_socket(app) as port,
+        peer(tmp_path / "a", redis_url, run=versions.run, patience_s=0.3) as one,
+    ):
+        await _instead_of(one, *(f"http://127.0.0.1:{n}" for n in range(1, 7)))
+        keys = one.coordinator.keys
+        time_s, _ = await one.coordinator._redis.time()
+        claims = {f"http://{n}": time_s * 1000 + 14_000 for n in range(2)}
+        await one.coordinator._redis.zadd(keys.slots("origin"), claims)
+        with pytest.raises(WeightsError, match="no source had a slot free"):
+            await one.fetcher.chain_to(versions.head(store=f"http://127.0.0.1:{port}"))
+        assert not any("weights" in path for path in seen)
+
+
+@pytest.mark.parametrize(
+    "url", ["ftp://host/x", "http://a b", "/etc", "http://[::1", "http://me:secret@host", "x"]
+)
+async def test_a_url_that_cannot_be_asked_is_a_bad_server(
+    versions: Versions, redis_url: str, tmp_path: Path, url: str
+) -> None:
+    versions.publish()
+    async with trainer(versions) as store, peer(tmp_path / "a", redis_url, run=versions.run) as one:
+        await _instead_of(one, url)
+        await one.fetcher.chain_to(versions.head(store=store))
+        check(one, versions, versions.head())
+        assert one.fetcher._trouble.servers == [url]
+
+
+async def test_a_server_that_failed_is_left_alone_for_other_versions_too(
+    versions: Versions, redis_url: str, tmp_path: Path
+) -> None:
+    versions.publish()
+    connections: list[bytes] = []
+
+    def refuse(request: bytes) -> int:
+        connections.append(request)
+        return 0
+
+    async with trainer(versions) as url, peer(tmp_path / "a", redis_url, run=versions.run) as one:
+        with relay(int(url.rpartition(":")[2]), refuse) as port:
+            bad = Sources(coordinator=one.coordinator, claimant=f"http://127.0.0.1:{port}")
+            for version in range(3):
+                parts = [(version, Part.DELTA), (version, Part.FULL)]
+                await bad.advertise(parts, [])
+                await one.fetcher.chain_to(versions.head(version, store=url))
+                versions.publish()
+        assert len(connections) == 1
+        assert check(one, versions, versions.head(2)) == [0, 1, 2]
+
+
+async def test_a_redis_that_hangs_is_waited_for_once(
+    versions: Versions, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes connections and answers nothing."""
+    monkeypatch.setattr(coordination, "CALL_S", 0.5)
+    for _ in range(6):
+        versions.publish()
+    with socket.create_server(("127.0.0.1", 0)) as hole:
+        away = RedisCoordinator(f"redis://127.0.0.1:{hole.getsockname()[1]}/0", versions.run)
+        async with (
+            trainer(versions) as url,
+            peer(tmp_path / "a", redis_url, run=versions.run) as one,
+        ):
+            fetcher = replace(one.fetcher, coordinator=away)
+            started = asyncio.get_running_loop().time()
+            await fetcher.chain_to(versions.head(store=url))
+            assert (
+                asyncio.get_running_loop().time() - started < 2.0
+            )  # of 14 calls each would have taken 0.5 s
+            check(one, versions, versions.head())
+        await away.close()
+
+
+def _counted(app: ASGIApp) -> tuple[ASGIApp, list[str]]:
+    """The application, and the paths that it is asked for."""
+    seen: list[str] = []
+
+    async def counted(scope: Scope, receive: Receive, send: Send) -> None:
+        seen.append(scope["path"])
+        await app(scope, receive, send)
+
+    return counted, seen
 
 
 async def test_a_peer_that_dies_midway_is_not_asked_again(
@@ -202,7 +421,7 @@ async def test_a_peer_that_dies_midway_is_not_asked_again(
 
     def cut(request: bytes) -> int | None:
         requests.append(request)
-        return 150_000 if b"weights-0" in request else 0 if len(requests) > 2 else None
+        return 150_000 if b"weights-0" in request else None
 
     async with (
         trainer(versions) as url,
@@ -212,14 +431,11 @@ async def test_a_peer_that_dies_midway_is_not_asked_again(
         await one.fetcher.chain_to(versions.head(store=url))
         with relay(int(one.url.rpartition(":")[2]), cut) as port:
             dying = f"http://127.0.0.1:{port}"
-            record = one.coordinator
-            found = (await _records(one))[0]
-            await record.report(found.model_copy(update={"url": dying}))
-            await _forget_holders(one)
+            await _instead_of(one, dying)
             before = await uploaded(url)
             await two.fetcher.chain_to(versions.head(store=url))
         check(two, versions, versions.head())
-        assert any(b"weights-0" in request for request in requests)
+        assert sum(b"weights-0" in request for request in requests) == 1
         # The store gave the rest alone: what had come from the dying one was gone on with.
         assert await uploaded(url) - before < size(versions.manifests[0]) - 100_000
         assert dying in caplog.text
@@ -362,13 +578,11 @@ def _begun(one: Peer) -> list[Path]:
     return [path for path in parts if path.stat().st_size > 0]
 
 
-async def _records(one: Peer) -> list:  # type: ignore[type-arg]
-    await one.report()
-    return await one.coordinator.servers()
-
-
-async def _forget_holders(one: Peer) -> None:
-    await one.coordinator._redis.delete(one.coordinator.keys.holders(0))
+async def _instead_of(one: Peer, *urls: str, part: Part = Part.FULL) -> None:
+    """Only these URLs are said to hold version 0."""
+    await one.coordinator._redis.delete(one.coordinator.keys.holders(0, part))
+    for url in urls:
+        await Sources(coordinator=one.coordinator, claimant=url).advertise([(0, part)], [])
 
 
 async def _until_it_works(one: Peer, head: Head) -> None:

@@ -38,3 +38,5 @@ def test_what_servers_are_started_with_is_taken() -> None:
     assert (chosen.port, chosen.drain_s, chosen.limits.depth) == (0, 0.0, 16)
     assert chosen.advertise_url == "https://[::1]:8000/spoke"
     assert chosen.max_nodes_in_flight is None
+    assert chosen.peers
+    assert not settings(["--model", "m", "--no-peers"]).peers

@@ -5,20 +5,24 @@
 3. Behind the bound it is stale at once, and back when it has caught up.
 4. Late, repeated and lower heads change nothing; a Redis that lost its head is given it again.
 5. What went bad on its own disk is fetched again. An anchor that came by its shortcut is made whole on the spot.
+   What is held under another manifest than the announced one is taken all the same.
    A long chain is shortened by what the server rebuilt for itself; where that goes bad, the anchor serves.
 """
 
 import asyncio
 import contextlib
 import tempfile
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis.asyncio
 from support import RedisProcess, running_redis
 
 from server.app import Holder
+from server.engines.base import ApplyReport, Weights
 from server.engines.settings import EngineSettings
 from server.follower import Follower
 from server.following import open_follower
@@ -30,7 +34,10 @@ from server.waiting import patiently
 from shared.coordination import RedisCoordinator
 from shared.errors import BusyError, CoordinationError, EngineError, RoomError, WeightsError
 from shared.fleet import ServerRecord, ServerState
+from shared.sources import Part, Sources
+from shared.store import FsspecStore
 from tests.server.weight_run import TIMEOUT, FakeEngine, Run, digests, service_of
+from trainer.collection import Collector
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +68,7 @@ class Member:
         self.status = Status(server_id="s")
         self.holder = Holder(self.status)
         self.follower: Follower
+        self.peers = True
 
     @property
     def holdings(self) -> Holdings:
@@ -72,7 +80,7 @@ class Member:
         """Catch up, then serve and follow until the stack ends."""
         settings = ServerSettings(
             engine="fake", engine_settings=EngineSettings(model="m"), run=self.run.name,
-            weights_dir=self.folder,
+            weights_dir=self.folder, peers=self.peers,
         )  # fmt: skip
         coordinator = RedisCoordinator(self.run.redis_url, self.run.name)
         self.stack.push_async_callback(coordinator.close)
@@ -118,6 +126,28 @@ async def test_a_late_joiner_comes_by_an_anchor_and_fifteen_deltas(
     await member.holds(15)
     assert [len(member.engine.loads), member.engine.loads[0].base_digest] == [1, None]
     assert member.holdings.versions() == tuple(range(16))
+
+
+@pytest.mark.parametrize("peers", [True, False])
+async def test_other_servers_are_told_what_is_here_unless_there_are_to_be_none(
+    run: Run, member: Member, peers: bool
+) -> None:
+    await run.publish()
+    member.peers = peers
+    await member.start()
+    await member.holds(0)
+    found = Sources(coordinator=run.coordinator, claimant="http://other")
+    async with asyncio.timeout(TIMEOUT):
+        while (answer := await claimed(found)) != ("http://s" if peers else None):
+            assert answer is None
+            await asyncio.sleep(0.02)
+    await member.stack.aclose()
+    assert await claimed(found) is None
+
+
+async def claimed(one: Sources) -> str | None:
+    """Who gives version 0, but for the store."""
+    return (await one.claim(0, Part.FULL, without=(), peers=True, origin=False)).source
 
 
 async def test_missed_versions_are_taken_as_one_patch(run: Run, member: Member) -> None:
@@ -204,6 +234,71 @@ async def test_a_newer_version_is_taken_where_the_head_cannot_be_had(
     await member.fails("version 1")
     await run.publish(anchor=True)
     await member.holds(2)
+
+
+async def test_a_version_that_came_while_another_failed_is_taken_at_once(
+    run: Run, member: Member, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await run.publish()
+    await member.start()
+    monkeypatch.setattr("server.follower.RETRY_S", 10 * TIMEOUT)  # a pause would outlast the test
+    monkeypatch.setattr("server.follower.LONGEST_RETRY_S", 10 * TIMEOUT)
+    load = member.engine.load_weights
+
+    async def failing(weights: Weights) -> ApplyReport:
+        if weights.version == 1:
+            await run.publish()
+            while member.status.standing.head != await run.coordinator.head():
+                await asyncio.sleep(0.01)
+            raise EngineError("version 1 is bad")
+        return await load(weights)
+
+    monkeypatch.setattr(member.engine, "load_weights", failing)
+    await run.publish()
+    await member.holds(2)
+
+
+async def test_what_a_joiner_fetches_stays_in_the_store(
+    run: Run, member: Member, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is in the fleet table before the first byte is asked for, until all are there."""
+    may_fetch, fetch = threading.Event(), FsspecStore.fetch
+
+    def held_back(*args: Any, **how: Any) -> tuple[Path, ...]:
+        assert may_fetch.wait(TIMEOUT)
+        return fetch(*args, **how)
+
+    monkeypatch.setattr(FsspecStore, "fetch", held_back)
+    collector = Collector(store=run.store, coordinator=run.coordinator, keep=1)
+    await run.publish(12)
+    joining = asyncio.create_task(member.start())
+    await run.record(lambda r: r.needs == 0)
+    await run.publish(anchor=True)
+    await run.publish()
+    await collector.collect(13)
+    assert run.store.versions() == list(range(14))
+    may_fetch.set()
+    await asyncio.wait_for(joining, TIMEOUT)
+    await member.holds(13)
+    assert member.engine.loads[0].version == 11
+    await run.record(lambda r: r.needs is None)
+    await collector.collect(13)
+    assert run.store.versions() == [12, 13]
+
+
+async def test_an_engine_of_fewer_bits_than_published_is_told_of_once(
+    run: Run, member: Member, caplog: pytest.LogCaptureFixture
+) -> None:
+    member.engine.info.dtype = "bfloat16"
+    await run.publish()
+    await member.start()
+    await member.holds(0)
+    await run.publish()
+    await member.holds(1)
+    said = [
+        r.getMessage() for r in caplog.records if "this engine keeps bfloat16" in r.getMessage()
+    ]
+    assert len(said) == 1
 
 
 async def test_a_refused_patch_is_followed_by_all_of_it(run: Run, member: Member) -> None:
@@ -360,6 +455,28 @@ async def test_an_anchor_that_came_by_its_shortcut_is_made_whole_here(
         assert (member.holdings.folder_of(3) / name).read_bytes() == published[name]
     await run.publish()
     await member.holds(4)
+
+
+async def test_equal_weights_that_were_published_anew_are_taken_from_its_own_disk(
+    run: Run, member: Member, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a run is trained anew from the same checkpoint, under the same name."""
+    head = await run.publish(2)
+    async with contextlib.AsyncExitStack() as stack:
+        first = Member(run, tmp_path / "server", stack)
+        await first.start()
+        await first.holds(1)
+    await run.coordinator.leave("s", first.status.instance)
+    anew = run.store.manifest(1).model_copy(update={"created_at": "later"}).seal()
+    (run.folder(1) / "manifest.json").write_bytes(anew.encode())
+    client = redis.asyncio.Redis.from_url(run.redis_url)
+    async with contextlib.aclosing(client):
+        changed = head.model_copy(update={"manifest_digest": anew.digest})
+        await client.hset(run.coordinator.keys.head, mapping=changed.fields())
+    monkeypatch.delattr(FsspecStore, "fetch")  # no file is asked for
+    await member.start()
+    await member.holds(1)
+    assert member.status.manifest == anew
 
 
 async def rebuilt(member: Member, version: int) -> list[Path]:

@@ -18,8 +18,8 @@ from support import on_a_socket
 from versions import RUN, Versions
 
 from shared import http_store
-from shared.errors import ConfigError, WeightsError
-from shared.http_store import HttpStore
+from shared.errors import AbsentError, ConfigError, LocalError, WeightsError
+from shared.http_store import HttpStore, open_peer
 from shared.manifest import Manifest
 from shared.open_store import open_store
 from shared.store import FsspecStore
@@ -327,3 +327,70 @@ def test_the_url_chooses_the_store(tmp_path: Path) -> None:
     with contextlib.closing(open_store("https://host/store/", RUN)) as store:
         assert isinstance(store, HttpStore)
         assert store.url == "https://host/store"
+
+
+def test_a_server_that_stands_still_is_given_up_soon(
+    versions: Versions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It took the connection and answers nothing: asked once, unlike a store."""
+    assert http_store.PEER_STALL_S <= 5
+    monkeypatch.setattr(http_store, "PEER_STALL_S", 0.3)
+    asked: list[bytes] = []
+    given_up = threading.Event()
+
+    def still(request: bytes, connection: socket.socket) -> None:
+        asked.append(request)
+        given_up.wait(20)
+
+    with raw_server(still) as url:
+        with (
+            contextlib.closing(open_peer(url, RUN)) as other,
+            pytest.raises(WeightsError, match="connection failed"),
+        ):
+            other.fetch(versions.manifests[0], tmp_path / "got", versions.manifests[0].files[:1])
+        given_up.set()
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("url", ["ftp://host", "/a/path", "memory://x", "http://", "http://a b"])
+def test_servers_are_asked_over_http_alone(url: str) -> None:
+    with pytest.raises(ConfigError):
+        open_peer(url, RUN)
+
+
+@pytest.mark.parametrize("host", ["a..b", "x" * 64 + ".example", "xn--a", "[::1"])
+def test_a_host_that_is_no_hosts_name_is_an_error_of_ours(host: str) -> None:
+    with (
+        pytest.raises((WeightsError, ConfigError)),
+        contextlib.closing(open_peer(f"http://{host}/weights", RUN)) as other,
+    ):
+        other.manifest(0)
+
+
+async def test_what_is_not_there_is_told_from_what_fails(
+    versions: Versions, tmp_path: Path
+) -> None:
+    missing = versions.manifests[0].files[0].model_copy(update={"name": "other"})
+
+    def work(port: int) -> None:
+        with contextlib.closing(HttpStore(f"http://127.0.0.1:{port}", RUN)) as store:
+            with pytest.raises(AbsentError, match="other from http"):
+                store.fetch(versions.manifests[0], tmp_path / "got", [missing])
+            with pytest.raises(AbsentError, match="version 9"):
+                store.manifest(9)
+
+    async with on_a_socket(create_app(versions.root, None)) as port:
+        await asyncio.to_thread(work, port)
+
+
+def test_what_this_disk_refuses_is_not_the_sources_fault(
+    versions: Versions, tmp_path: Path
+) -> None:
+    manifest = versions.manifests[0]
+    data = (versions.folder(0) / manifest.files[0].name).read_bytes()
+    (tmp_path / "got").write_text("a file where the folder belongs")
+    with (
+        raw_server(lambda request, connection: connection.sendall(whole(data))) as url,
+        pytest.raises(LocalError),
+    ):
+        fetch(url, manifest, tmp_path / "got")

@@ -628,6 +628,16 @@ def test_what_can_go(versions: dict[int, bool], held: list[int], keep: int, firs
     assert gone == [version for version in sorted(versions) if version < first]
 
 
+@pytest.mark.parametrize(
+    ("needed", "first"),
+    [([20], 20), ([10], 10), ([15], 10), ([9], 20), ([9, 20, 15], 10), ([], 20)],
+)
+def test_what_is_being_fetched_stays_for_two_anchors(needed: list[int], first: int) -> None:
+    versions = anchors(0, 10, 20, 30, until=33)
+    gone = superseded(versions, [29], 1, needed)  # 29 keeps its anchor, 20
+    assert gone == [version for version in sorted(versions) if version < first]
+
+
 async def test_collection_spares_what_live_servers_need(
     redis: RedisCoordinator, store: Store
 ) -> None:
@@ -638,6 +648,11 @@ async def test_collection_spares_what_live_servers_need(
         (store.place / "v000005").mkdir()  # being published now
         await redis.report(record("behind", 2))
         await redis.report(record("fresh", 0, digest=""))
+        joiner = record("joiner", 0, digest="").model_copy(update={"needs": 1})
+        await redis.report(joiner)
+        await publisher.collect(4)
+        assert store.versions() == [1, 2, 4]
+        await redis.report(joiner.model_copy(update={"needs": None}))
         await publisher.collect(4)
         assert store.versions() == [2, 4]
         assert store.numbers() == [2, 4, 5]
