@@ -31,7 +31,7 @@ from server.status import Status
 from server.waiting import patiently
 from shared.coordination import RedisCoordinator
 from shared.errors import BusyError, CoordinationError, EngineError, WeightsError
-from shared.fleet import ServerState
+from shared.fleet import ServerRecord, ServerState
 from shared.store import FsspecStore
 from tests.server.weight_run import TIMEOUT, FakeEngine, Run, digests, service_of
 from trainer.collection import Collector
@@ -351,6 +351,38 @@ async def test_a_redis_that_restarts_empty_gets_everything_back(
         assert restored == head
         await run.publish()
         await member.holds(2)
+
+
+async def test_a_redis_that_is_away_is_told_once(
+    own_redis: RedisProcess,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However long it is away: a line of what that means for weights, and one for the fleet table."""
+    monkeypatch.setattr("server.follower.HEARTBEAT_S", 0.02)
+    run = Run(tmp_path, own_redis.url)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(run.coordinator.close)
+        member = Member(run, tmp_path / "server", stack)
+        await run.publish()
+        await member.start()
+        report, failed = member.follower.coordinator.report, 0
+
+        async def counted(record: ServerRecord) -> None:
+            nonlocal failed
+            try:
+                await report(record)
+            except CoordinationError:
+                failed += 1
+                raise
+
+        monkeypatch.setattr(member.follower.coordinator, "report", counted)
+        own_redis.kill()
+        async with asyncio.timeout(TIMEOUT):
+            while failed < 10 or caplog.text.count("does not answer") < 2:
+                await asyncio.sleep(0.01)
+        assert caplog.text.count("does not answer") == 2
 
 
 async def test_a_redis_that_is_away_at_the_start_is_waited_for_and_not_for_ever(

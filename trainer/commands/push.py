@@ -10,7 +10,7 @@ from torch import Tensor
 from shared.coordination import RedisCoordinator
 from shared.fleet import Head, ServerRecord
 from shared.store import FsspecStore
-from trainer.commands.fleet import table
+from trainer.commands.fleet import show
 from trainer.fleet import wait_for_head
 from trainer.lease import hold
 from trainer.policy import DTYPES, load_policy, state_tensors
@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     head, records = asyncio.run(_push(args, tensors, str(dtype).removeprefix("torch.")))
     console = Console()
     console.print(f"version {head.version} is the head of run {args.run}", highlight=False)
-    console.print(table(head, records))
+    show(head, records, console)
     return 0 if all(head.held_by(record) for record in records) else 1
 
 
@@ -40,7 +40,7 @@ def checkpoint_dtype(model: str) -> torch.dtype:
 
 
 def _say(text: str) -> None:
-    Console(stderr=True).print(text, markup=False, highlight=False)
+    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 async def _push(
@@ -53,7 +53,7 @@ async def _push(
         async with holding as lease:
             publisher = Publisher(
                 store=store,
-                store_url=args.store,
+                store_url=args.advertise_store or args.store,
                 coordinator=coordinator,
                 lease=lease,
                 run=args.run,
