@@ -6,6 +6,7 @@
 4. Late, repeated and lower heads change nothing; a Redis that lost its head is given it again.
 5. What went bad on its own disk is fetched again. An anchor that came by its shortcut is made whole on the spot.
    What is held under another manifest than the announced one is taken all the same.
+   A long chain is shortened by what the server rebuilt for itself; where that goes bad, the anchor serves.
 """
 
 import asyncio
@@ -30,7 +31,7 @@ from server.states import CaughtUp
 from server.status import Status
 from server.waiting import patiently
 from shared.coordination import RedisCoordinator
-from shared.errors import BusyError, CoordinationError, EngineError, WeightsError
+from shared.errors import BusyError, CoordinationError, EngineError, RoomError, WeightsError
 from shared.fleet import ServerRecord, ServerState
 from shared.store import FsspecStore
 from tests.server.weight_run import TIMEOUT, FakeEngine, Run, digests, service_of
@@ -451,3 +452,57 @@ async def test_equal_weights_that_were_published_anew_are_taken_from_its_own_dis
     await member.start()
     await member.holds(1)
     assert member.status.manifest == anew
+
+
+async def rebuilt(member: Member, version: int) -> list[Path]:
+    """The files that the server wrote for itself of a version, once it is tidied."""
+    async with asyncio.timeout(TIMEOUT):
+        while (chain := member.holdings.chain(version)) is None or chain.deltas:
+            await asyncio.sleep(0.005)
+    return list(chain.anchor.rebuilt)
+
+
+async def test_a_long_chain_starts_from_what_was_rebuilt(run: Run, member: Member) -> None:
+    await run.publish()
+    await member.start()
+    for version in range(1, 6):
+        await run.publish()
+        await member.holds(version)
+        if not version % 2:
+            assert await rebuilt(member, version)
+    assert [w.base_digest is None for w in member.engine.loads] == [True, *[False] * 5]
+    assert member.holdings.versions() == tuple(range(6))
+
+
+async def test_what_was_rebuilt_and_went_bad_is_forgotten(run: Run, member: Member) -> None:
+    await run.publish(3)
+    await member.start()
+    (file,) = await rebuilt(member, 2)
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    await run.publish()
+    await member.holds(3)
+    assert member.holdings.versions() == (0, 1, 2, 3)
+    assert await rebuilt(member, 3) != [file]
+    await run.publish()
+    await member.holds(4)
+
+
+async def test_what_was_rebuilt_makes_room(
+    run: Run, member: Member, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await run.publish(3)
+    await member.start()
+    (file,) = await rebuilt(member, 2)
+    add = Holdings.add
+
+    def refused(self: Holdings, *args: object) -> None:
+        """The disk is full as long as it is there."""
+        if file.exists():
+            raise RoomError("no room")
+        add(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Holdings, "add", refused)
+    await run.publish()
+    await member.holds(3)
+    assert not file.exists()
