@@ -70,6 +70,8 @@ class Follower:
     """One record at a time: an older one must not overtake a newer one."""
     _acknowledged: tuple[int, str] | None = None
     """Version and digest of the last record."""
+    _missing: asyncio.Event = field(default_factory=asyncio.Event)
+    """Redis does not take this server's record, and that was said."""
 
     async def catch_up(self, bound_s: float) -> None:
         """Take the head's weights before serving anything; wait until that works.
@@ -178,7 +180,10 @@ class Follower:
             log.warning("Redis had lost version %d; it has it again", known.version)
         if standing.state is not before.state:
             if not standing.state.serves:
-                log.warning("%s", standing.refusal)
+                # A checkpoint is what every server begins with: nothing is wrong.
+                log.log(
+                    logging.WARNING if standing.digest else logging.INFO, "%s", standing.refusal
+                )
             await self.report()  # nobody may choose a server that is stale
 
     async def _take_for_ever(self) -> None:
@@ -230,7 +235,11 @@ class Follower:
             await self.taker.take(head)
             taken = True
         except (SpokeError, OSError) as error:  # OSError: no room on the disk, or too slow
-            reason = f"version {head.version}: {str(error) or type(error).__name__}"
+            reason = str(error) or type(error).__name__
+            named = f"version {head.version}"
+            reason = (
+                reason if reason.startswith((f"{named} ", f"{named}:")) else f"{named}: {reason}"
+            )
             self.status.note(Failed(reason))
             log.warning("%s; version %d stays", reason, self.engine.version)
         self.metrics.updates.labels("ok" if taken else "failed").inc()
@@ -241,4 +250,8 @@ class Follower:
         try:
             await self.report()
         except CoordinationError as error:
-            log.warning("%s; this server is not in the fleet table", error)
+            if not self._missing.is_set():
+                log.warning("%s; this server is not in the fleet table until it does", error)
+            self._missing.set()
+        else:
+            self._missing.clear()

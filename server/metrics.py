@@ -54,7 +54,7 @@ class Metrics:
         self.tree_s = seconds("tree_seconds", "From arrival to the answer.")
         self.grading_s = seconds("tree_reward_seconds", "Grading after the last token.")
         self.sent_weights = counter(
-            "weights_sent_bytes", "Bytes of weight files handed to other servers."
+            "weight_sent_bytes", "Bytes of weight files handed to other servers."
         )
         self.updates = counter("weight_updates", "Weight updates by outcome.", ["outcome"])
         self.fetched = counter(

@@ -20,9 +20,9 @@ from server.engines.base import ApplyReport, Engine, Weights
 from server.metrics import Metrics
 from server.states import Took
 from server.status import Status, Update
-from shared.chain import Chain, write_full, write_patch
+from shared.chain import Chain, write_anchor, write_full, write_patch
 from shared.digests import file_sha256
-from shared.errors import SpokeError, WeightsError
+from shared.errors import RoomError, SpokeError, WeightsError
 from shared.fleet import Head
 from shared.manifest import FileEntry, Manifest
 from shared.threads import in_daemon_thread
@@ -53,6 +53,14 @@ class Holds(Protocol):
 
     def complete(self, version: int, shards: Sequence[Path]) -> None:
         """Add an anchor's shards, written from this server's own chain."""
+        ...
+
+    def rebuild(self, version: int) -> None:
+        """Write the full weights of a version for this server alone, where its chain has become long."""
+        ...
+
+    def forget_rebuilt(self) -> None:
+        """Delete those."""
         ...
 
     def prune(self, version: int) -> None:
@@ -102,8 +110,12 @@ class Taker:
             OSError: no room on the disk, or the bound is over.
         """
         started = time.monotonic()
-        async with asyncio.timeout(TAKE_S):
-            chain = await self.fetcher.chain_to(head)
+        try:
+            async with asyncio.timeout(TAKE_S):
+                chain = await self.fetcher.chain_to(head)
+        except RoomError:
+            await in_daemon_thread(self.holdings.forget_rebuilt)
+            raise
         if chain.manifest.digest != head.manifest_digest:
             raise WeightsError("the store's manifest is not the one that was announced")
         fetched = time.monotonic()
@@ -128,7 +140,7 @@ class Taker:
         )
 
     async def tidy(self) -> None:
-        """Make an anchor that came by its shortcut whole, and delete what is not needed any more.
+        """Make an anchor that came by its shortcut whole, delete what is not needed, shorten a long chain.
 
         Between two versions, so that nothing is deleted that is being read. It may fail: the weights are in place.
         """
@@ -139,6 +151,7 @@ class Taker:
         try:
             await in_daemon_thread(self._made_whole, chain)
             await in_daemon_thread(self.holdings.prune, version)
+            await in_daemon_thread(self.holdings.rebuild, version)
         except (SpokeError, OSError) as error:
             log.warning("version %d: what lies on the disk is not tidied: %s", version, error)
 
@@ -150,7 +163,7 @@ class Taker:
                 part = Chain(anchor=chain.anchor, deltas=chain.deltas[:end])
                 work = self._work(manifest.version)
                 try:
-                    self.holdings.complete(manifest.version, write_full(part, work))
+                    self.holdings.complete(manifest.version, write_anchor(part, work))
                 finally:
                     shutil.rmtree(work, ignore_errors=True)
                 return
@@ -220,6 +233,11 @@ class Taker:
 
     async def _doubt(self, chain: Chain, error: WeightsError) -> None:
         """Forget the files that went bad on this disk; where none did, all of them, once."""
+        if chain.anchor.rebuilt:
+            # Of the files nothing is known yet; and where the disk was full, there is room now.
+            log.warning("%s; version %d starts from its anchor", error, chain.manifest.version)
+            await in_daemon_thread(self.holdings.forget_rebuilt)
+            return
         bad = await in_daemon_thread(_bad, chain)
         version = chain.manifest.version
         if not bad:

@@ -161,7 +161,7 @@ class RedisCoordinator:
                 raise TimeoutError
             return task.result()
         except (RedisError, OSError) as error:  # TimeoutError is an OSError
-            reason = str(error) or type(error).__name__
+            reason = str(error).rstrip(".") or type(error).__name__
             raise CoordinationError(f"Redis at {self._where} does not answer: {reason}") from error
         finally:
             if not task.done():

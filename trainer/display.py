@@ -5,6 +5,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console, Group
+from rich.filesize import decimal
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -98,6 +99,9 @@ class Display:
             f"clipped {percent(values['clip_fraction'])}  mismatch {values['mismatch']:.1e}  "
             f"version {values['version']}"
         )
+        if published := values.get("published"):
+            size = sum(version["delta_bytes"] or version["stored_bytes"] for version in published)
+            self._line += f"  weights {decimal(size)}"
         if stale := values.get("staleness", {}).get("mean"):
             self._line += f"  staleness {stale:.2f}"
         if self.console.is_terminal:

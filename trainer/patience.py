@@ -6,7 +6,7 @@ and stops with one line after `pause_s`.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Self, TypeVar
 
@@ -20,6 +20,8 @@ Servers = Callable[[], Awaitable[list[ServerRecord]]]
 POLL_S = 0.02
 PAUSED_POLL_S = 0.25
 """While paused, where nothing is urgent."""
+MOST_NAMES = 8
+"""Servers named in one line; of more there is a number alone."""
 
 
 def nothing(text: str) -> None:
@@ -45,6 +47,8 @@ class Patience:
     tell: Callable[[str], None] = nothing
     behind: dict[str, int] = field(default_factory=dict)
     """Servers that did not follow to a version within `wait_s`: nobody waits for them until they hold it."""
+    _served: set[str] | None = field(default=None, init=False)
+    """Servers that served when the last version was held; None before the first."""
 
     async def through_outage(self, call: Callable[[], Awaitable[T]], what: str) -> T:
         """The result of a call to Redis, made again while Redis is away.
@@ -79,11 +83,12 @@ class Patience:
         """
         pause = _Pause.of(self)
         while True:
-            serving = [r for r in await self._records() if r.state.serves]
-            if len(serving) >= self.min_servers:
-                pause.end(f"{len(serving)} of {self.min_servers} servers alive; going on")
+            records = await self._records()
+            serving = sum(r.state.serves for r in records)
+            if serving >= self.min_servers:
+                pause.end(f"enough servers serve ({serving}); going on")
                 return pause.said
-            pause.wait_for_servers(len(serving))
+            pause.wait_for_servers(records)
             await asyncio.sleep(PAUSED_POLL_S)
 
     async def followed(
@@ -110,7 +115,8 @@ class Patience:
         pause = _Pause.of(self)
         deadline, enough = time.monotonic() + self.wait_s, float("inf")
         while True:
-            serving = [r for r in await self._records() if r.state.serves]
+            records = await self._records()
+            serving = [r for r in records if r.state.serves]
             holders = [r for r in serving if head.held_by(r)]
             others = [r for r in serving if not head.held_by(r)]
             for r in serving:
@@ -124,10 +130,11 @@ class Patience:
                 if late:
                     self._leave_behind(head, others)
                 if late or now > enough or all(r.server_id in self.behind for r in others):
-                    pause.end(f"{len(holders)} of {self.min_servers} servers alive; going on")
+                    pause.end(f"enough servers serve ({len(holders)}); going on")
+                    self._tell_changes({r.server_id for r in serving})
                     return holders
             if len(serving) < self.min_servers:
-                pause.wait_for_servers(len(serving))
+                pause.wait_for_servers(records)
                 deadline = time.monotonic() + self.wait_s  # those that come back have their time
                 await asyncio.sleep(PAUSED_POLL_S)
                 continue
@@ -147,6 +154,14 @@ class Patience:
                 f"{r.server_id} does not follow to version {head.version} "
                 f"({r.last_error or r.state}); it is left behind until it does"
             )
+
+    def _tell_changes(self, serving: set[str]) -> None:
+        """Say who came and who went since the last version."""
+        before, self._served = self._served, serving
+        if before is not None and before != serving:
+            changes = [(before - serving, "gone"), (serving - before, "new")]
+            told = ", ".join(f"{_named(names)} {what}" for names, what in changes if names)
+            self.tell(f"servers: {told}; {len(serving)} serve")
 
     async def _records(self) -> list[ServerRecord]:
         return await self.through_outage(self.servers, "the run")
@@ -178,11 +193,24 @@ class _Pause:
         if self.said:
             self.patience.tell(text)
 
-    def wait_for_servers(self, alive: int) -> None:
+    def wait_for_servers(self, records: Sequence[ServerRecord]) -> None:
         wanted, bound = self.patience.min_servers, self.patience.pause_s
+        others = [f"{r.server_id} {r.state}" for r in records if not r.state.serves]
+        text = f"{len(records) - len(others)} of {wanted} servers serve"
+        if others:
+            text += f" ({_named(others)})"
         if self.over:
             raise FleetError(
-                f"{alive} of {wanted} servers alive after a pause of {bound:.0f} s; start servers, then "
-                "--resume, or lower fleet.min_servers"
+                f"{text} after a pause of {bound:.0f} s; start servers, then --resume, or lower "
+                "fleet.min_servers"
             )
-        self.say(f"{alive} of {wanted} servers alive; waiting, at most {bound:.0f} s")
+        self.say(f"{text}; waiting, at most {bound:.0f} s")
+
+
+def _named(names: Collection[str]) -> str:
+    """Names in order; of many their number.
+
+    >>> _named({"b", "a"}), _named([str(n) for n in range(100)])
+    ('a, b', '100')
+    """
+    return str(len(names)) if len(names) > MOST_NAMES else ", ".join(sorted(names))

@@ -284,7 +284,7 @@ async def test_below_min_servers_the_run_pauses_and_goes_on(
         training = asyncio.create_task(loop.train(settings, tmp_path / "run", reporter))
         await first.until(lambda: "step-1" in first.steps)
     async with asyncio.timeout(15):
-        while not any("0 of 1 servers alive" in line for line in reporter.said):
+        while not any("0 of 1 servers serve" in line for line in reporter.said):
             await asyncio.sleep(0.02)
     assert not training.done()
     async with FakeFollower(redis_url, run_name, "second").running():
@@ -306,7 +306,7 @@ async def test_a_pause_has_a_bound(
     async with first.running():
         training = asyncio.create_task(loop.train(settings, tmp_path / "run", Quiet()))
         await first.until(lambda: "step-1" in first.steps)
-    with pytest.raises(FleetError, match="0 of 1 servers alive after a pause of 0 s"):
+    with pytest.raises(FleetError, match="0 of 1 servers serve after a pause of 0 s"):
         await asyncio.wait_for(training, 30)
 
 

@@ -5,6 +5,7 @@
 3. Behind the bound it is stale at once, and back when it has caught up.
 4. Late, repeated and lower heads change nothing; a Redis that lost its head is given it again.
 5. What went bad on its own disk is fetched again. An anchor that came by its shortcut is made whole on the spot.
+   A long chain is shortened by what the server rebuilt for itself; where that goes bad, the anchor serves.
 """
 
 import asyncio
@@ -27,8 +28,8 @@ from server.states import CaughtUp
 from server.status import Status
 from server.waiting import patiently
 from shared.coordination import RedisCoordinator
-from shared.errors import BusyError, CoordinationError, EngineError, WeightsError
-from shared.fleet import ServerState
+from shared.errors import BusyError, CoordinationError, EngineError, RoomError, WeightsError
+from shared.fleet import ServerRecord, ServerState
 from tests.server.weight_run import TIMEOUT, FakeEngine, Run, digests, service_of
 
 
@@ -283,6 +284,38 @@ async def test_a_redis_that_restarts_empty_gets_everything_back(
         await member.holds(2)
 
 
+async def test_a_redis_that_is_away_is_told_once(
+    own_redis: RedisProcess,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However long it is away: a line of what that means for weights, and one for the fleet table."""
+    monkeypatch.setattr("server.follower.HEARTBEAT_S", 0.02)
+    run = Run(tmp_path, own_redis.url)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(run.coordinator.close)
+        member = Member(run, tmp_path / "server", stack)
+        await run.publish()
+        await member.start()
+        report, failed = member.follower.coordinator.report, 0
+
+        async def counted(record: ServerRecord) -> None:
+            nonlocal failed
+            try:
+                await report(record)
+            except CoordinationError:
+                failed += 1
+                raise
+
+        monkeypatch.setattr(member.follower.coordinator, "report", counted)
+        own_redis.kill()
+        async with asyncio.timeout(TIMEOUT):
+            while failed < 10 or caplog.text.count("does not answer") < 2:
+                await asyncio.sleep(0.01)
+        assert caplog.text.count("does not answer") == 2
+
+
 async def test_a_redis_that_is_away_at_the_start_is_waited_for_and_not_for_ever(
     own_redis: RedisProcess, tmp_path: Path
 ) -> None:
@@ -354,3 +387,57 @@ async def test_what_a_killed_server_left_is_deleted(
             assert len(temporary(tmp_path)) == 2
         assert temporary(tmp_path) == [kept]
     assert not kept.exists()
+
+
+async def rebuilt(member: Member, version: int) -> list[Path]:
+    """The files that the server wrote for itself of a version, once it is tidied."""
+    async with asyncio.timeout(TIMEOUT):
+        while (chain := member.holdings.chain(version)) is None or chain.deltas:
+            await asyncio.sleep(0.005)
+    return list(chain.anchor.rebuilt)
+
+
+async def test_a_long_chain_starts_from_what_was_rebuilt(run: Run, member: Member) -> None:
+    await run.publish()
+    await member.start()
+    for version in range(1, 6):
+        await run.publish()
+        await member.holds(version)
+        if not version % 2:
+            assert await rebuilt(member, version)
+    assert [w.base_digest is None for w in member.engine.loads] == [True, *[False] * 5]
+    assert member.holdings.versions() == tuple(range(6))
+
+
+async def test_what_was_rebuilt_and_went_bad_is_forgotten(run: Run, member: Member) -> None:
+    await run.publish(3)
+    await member.start()
+    (file,) = await rebuilt(member, 2)
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    await run.publish()
+    await member.holds(3)
+    assert member.holdings.versions() == (0, 1, 2, 3)
+    assert await rebuilt(member, 3) != [file]
+    await run.publish()
+    await member.holds(4)
+
+
+async def test_what_was_rebuilt_makes_room(
+    run: Run, member: Member, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await run.publish(3)
+    await member.start()
+    (file,) = await rebuilt(member, 2)
+    add = Holdings.add
+
+    def refused(self: Holdings, *args: object) -> None:
+        """The disk is full as long as it is there."""
+        if file.exists():
+            raise RoomError("no room")
+        add(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Holdings, "add", refused)
+    await run.publish()
+    await member.holds(3)
+    assert not file.exists()

@@ -65,6 +65,14 @@ def test_without_a_terminal_every_step_is_a_line() -> None:
     assert "pass@1 44.9 % ± 1.0, greedy 64.1 %" in lines[2]
 
 
+@pytest.mark.parametrize(("delta", "said"), [(5_044, "5.0 kB"), (None, "1.7 MB")])
+def test_a_step_says_what_a_server_fetches_of_its_version(delta: int | None, said: str) -> None:
+    stream = io.StringIO()
+    published = [{"delta_bytes": delta, "stored_bytes": 1_680_356}]
+    Display("a run", Console(file=stream, width=200)).step(1, 4, {**VALUES, "published": published})
+    assert f"version 7  weights {said}  rollout" in stream.getvalue()
+
+
 @pytest.mark.parametrize("text", ["a run", "1/4", "training reward", "pass@1 44.9 % ± 1.0"])
 def test_on_a_terminal_there_is_a_bar_and_measurements_stay(text: str) -> None:
     assert text in show(terminal=True)

@@ -64,8 +64,8 @@ async def test_below_min_servers_it_pauses_says_so_once_and_goes_on() -> None:
     waiting, said = patience([record("a")], [record("a")], both, min_servers=2)
     assert [r.server_id for r in await waiting.followed(HEAD)] == ["a", "b"]
     assert said == [
-        "1 of 2 servers alive; waiting, at most 5 s",
-        "2 of 2 servers alive; going on",
+        "1 of 2 servers serve; waiting, at most 5 s",
+        "enough servers serve (2); going on",
     ]
 
 
@@ -84,6 +84,24 @@ async def test_who_does_not_serve_is_not_waited_for(state: ServerState) -> None:
     async with asyncio.timeout(1):
         assert [r.server_id for r in await waiting.followed(HEAD)] == ["a"]
     assert said == []
+
+
+async def test_those_that_take_their_first_version_are_named() -> None:
+    new = [record("a", 0, ServerState.STALE), record("b", 0, ServerState.LOADING)]
+    waiting, said = patience(new, [record("a"), record("b")])
+    await waiting.followed(HEAD)
+    assert said[0] == "0 of 1 servers serve (a stale, b loading); waiting, at most 5 s"
+
+
+async def test_who_came_and_who_went_is_told_once() -> None:
+    waiting, said = patience([record("a"), record("b")])
+    await waiting.followed(HEAD)
+    await waiting.followed(HEAD)
+    assert said == []
+    waiting.servers = FakeTable([record("a"), record("c")]).servers
+    await waiting.followed(HEAD)
+    await waiting.followed(HEAD)
+    assert said == ["servers: b gone, c new; 2 serve"]
 
 
 async def test_a_laggard_is_waited_for_once() -> None:
@@ -121,7 +139,7 @@ async def test_enough_that_do_not_follow_are_an_error_that_says_what_they_say() 
 
 async def test_the_pause_has_a_bound_and_a_remedy() -> None:
     waiting, _ = patience([], pause_s=0.1)
-    with pytest.raises(FleetError, match=r"0 of 1 servers alive after a pause.*--resume"):
+    with pytest.raises(FleetError, match=r"0 of 1 servers serve after a pause.*--resume"):
         await waiting.enough()
 
 

@@ -12,7 +12,7 @@ from shared.errors import ConfigError
 from shared.fleet import Head, ServerRecord
 from shared.store import FsspecStore
 from shared.store_url import check_announced
-from trainer.commands.fleet import table
+from trainer.commands.fleet import show
 from trainer.fleet import wait_for_head
 from trainer.lease import hold
 from trainer.policy import DTYPES, load_policy, state_tensors
@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     head, records = asyncio.run(_push(args, tensors, str(dtype).removeprefix("torch.")))
     console = Console()
     console.print(f"version {head.version} is the head of run {args.run}", highlight=False)
-    console.print(table(head, records))
+    show(head, records, console)
     return 0 if all(head.held_by(record) for record in records) else 1
 
 
@@ -50,7 +50,7 @@ def checkpoint_dtype(model: str) -> torch.dtype:
 
 
 def _say(text: str) -> None:
-    Console(stderr=True).print(text, markup=False, highlight=False)
+    Console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 async def _push(
