@@ -38,6 +38,10 @@ class Metrics:
             "given_tokens",
             "Tokens that requests gave and nobody sampled again, of trees that ended well.",
         )
+        self.discarded = counter(
+            "discarded_tokens",
+            "Tokens sampled here by beginnings of trees that were begun anew, of trees that ended well.",
+        )
         self.restarted = counter(
             "restarted_trees", "New beginnings of trees that grew while other weights came."
         )

@@ -72,6 +72,11 @@ class Standing:
         return ServerState.READY if self.taking is None else ServerState.UPDATING
 
     @property
+    def newest(self) -> int:
+        """The newest version held or known."""
+        return self.version if self.head is None else max(self.version, self.head.version)
+
+    @property
     def lag(self) -> int:
         """Versions behind the newest one known."""
         return 0 if self.head is None else max(0, self.head.version - self.version)

@@ -116,11 +116,17 @@ class Display:
         """See `Reporter.measured`."""
         sampled = measurement.sampled
         greedy = f", greedy {percent(measurement.greedy.mean)}" if measurement.greedy else ""
+        lost = f", {_lost(measurement)} more without an answer" if _lost(measurement) else ""
         self.say(
             f"held-out accuracy {label} (step {measurement.step}, version {sampled.version}): "
             f"pass@1 {percent(sampled.mean)} ± {100 * sampled.standard_error:.1f}{greedy}  "
-            f"[{sampled.questions} questions x {sampled.samples}, {sampled.seconds:.1f} s]"
+            f"[{sampled.questions} questions x {sampled.samples}{lost}, {sampled.seconds:.1f} s]"
         )
+
+
+def _lost(measurement: Measurement) -> int:
+    """Questions that were not answered, sampled and greedy together."""
+    return measurement.sampled.lost + (measurement.greedy.lost if measurement.greedy else 0)
 
 
 def summary_tables(summary: Summary, elapsed_s: float) -> Group:
@@ -131,7 +137,8 @@ def summary_tables(summary: Summary, elapsed_s: float) -> Group:
     for measurement in summary.measurements:
         sampled = measurement.sampled
         accuracy.add_row(
-            f"after {measurement.step} steps",
+            f"after {measurement.step} steps"
+            + (f" ({_lost(measurement)} without an answer)" if _lost(measurement) else ""),
             f"{percent(sampled.mean)} ± {100 * sampled.standard_error:.1f}",
             percent(measurement.greedy.mean) if measurement.greedy else "",
             f"{sampled.mean_tokens:.0f}",

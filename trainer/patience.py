@@ -8,9 +8,10 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Self, TypeVar
+from typing import TypeVar
 
-from shared.errors import CoordinationError, FleetError, LeaseError
+from shared.coordination import is_away
+from shared.errors import CoordinationError, FleetError
 from shared.fleet import Head, ServerRecord
 
 T = TypeVar("T")
@@ -22,6 +23,11 @@ PAUSED_POLL_S = 0.25
 """While paused, where nothing is urgent."""
 MOST_NAMES = 8
 """Servers named in one line; of more there is a number alone."""
+READ_SHARE = 10
+"""A look at the fleet is followed by a rest of at least so many times what it took: the table may be long."""
+MOST_REST_S = 1.0
+MOST_PAUSED = 3
+"""Times `pause_s` that one wait may pause in all: else servers that die again and again would never end it."""
 
 
 def nothing(text: str) -> None:
@@ -49,21 +55,24 @@ class Patience:
     """Servers that did not follow to a version within `wait_s`: nobody waits for them until they hold it."""
     _served: set[str] | None = field(default=None, init=False)
     """Servers that served when the last version was held; None before the first."""
+    _read_s: float = field(default=0.0, init=False)
+    """What the last look at the fleet took."""
 
     async def through_outage(self, call: Callable[[], Awaitable[T]], what: str) -> T:
         """The result of a call to Redis, made again while Redis is away.
 
         Raises:
             LeaseError: another trainer has the run.
-            CoordinationError: Redis was away for longer than `pause_s`; it names the address.
+            CoordinationError: Redis refused, or was away for longer than `pause_s`; it names the address.
         """
-        pause = _Pause.of(self)
+        pause = _Pause(patience=self)
         while True:
             try:
                 result = await call()
-            except (LeaseError, FleetError):
-                raise
             except CoordinationError as error:
+                if not is_away(error):
+                    raise
+                pause.begin()
                 if pause.over:
                     raise CoordinationError(
                         f"{error}; given up after {self.pause_s:.0f} s"
@@ -81,15 +90,33 @@ class Patience:
             FleetError: they did not come back within `pause_s`.
             CoordinationError: Redis was away for longer.
         """
-        pause = _Pause.of(self)
+        pause = _Pause(patience=self)
         while True:
             records = await self._records()
             serving = sum(r.state.serves for r in records)
             if serving >= self.min_servers:
-                pause.end(f"enough servers serve ({serving}); going on")
-                return pause.said
+                return pause.end(f"enough servers serve ({serving}); going on")
             pause.wait_for_servers(records)
-            await asyncio.sleep(PAUSED_POLL_S)
+            await self._rest(PAUSED_POLL_S)
+
+    async def look(self) -> bool | None:
+        """As `enough`, but a Redis that is away is not waited for: the servers known so far may live.
+
+        Returns:
+            Whether there was a pause; None while Redis is away.
+
+        Raises:
+            FleetError, CoordinationError: see `enough`.
+        """
+        try:
+            records = await self._read()
+        except CoordinationError as error:
+            if not is_away(error):
+                raise
+            return None
+        if sum(r.state.serves for r in records) >= self.min_servers:
+            return False
+        return await self.enough()
 
     async def followed(
         self, head: Head, *, all_within_s: float | None = None
@@ -112,7 +139,7 @@ class Patience:
                 the head within `wait_s`; it names what the others say.
             CoordinationError: Redis was away for longer than `pause_s`.
         """
-        pause = _Pause.of(self)
+        pause = _Pause(patience=self)
         deadline, enough = time.monotonic() + self.wait_s, float("inf")
         while True:
             records = await self._records()
@@ -122,6 +149,8 @@ class Patience:
             for r in serving:
                 if r.version >= self.behind.get(r.server_id, r.version + 1):
                     del self.behind[r.server_id]
+            if len(serving) >= self.min_servers:
+                pause.end(f"enough servers serve ({len(serving)}); going on")
             now = time.monotonic()
             late = now > deadline
             if len(holders) >= self.min_servers:
@@ -130,13 +159,12 @@ class Patience:
                 if late:
                     self._leave_behind(head, others)
                 if late or now > enough or all(r.server_id in self.behind for r in others):
-                    pause.end(f"enough servers serve ({len(holders)}); going on")
                     self._tell_changes({r.server_id for r in serving})
                     return holders
             if len(serving) < self.min_servers:
                 pause.wait_for_servers(records)
                 deadline = time.monotonic() + self.wait_s  # those that come back have their time
-                await asyncio.sleep(PAUSED_POLL_S)
+                await self._rest(PAUSED_POLL_S)
                 continue
             if late and len(holders) < self.min_servers:
                 says = "; ".join(f"{r.server_id}: {r.last_error or r.state}" for r in others)
@@ -144,7 +172,7 @@ class Patience:
                     f"version {head.version}: {len(holders)} of at least {self.min_servers} servers hold it "
                     f"after {self.wait_s:.0f} s; {says}"
                 )
-            await asyncio.sleep(POLL_S)
+            await self._rest(POLL_S)
 
     def _leave_behind(self, head: Head, others: list[ServerRecord]) -> None:
         new = [r for r in others if r.server_id not in self.behind]
@@ -164,24 +192,39 @@ class Patience:
             self.tell(f"servers: {told}; {len(serving)} serve")
 
     async def _records(self) -> list[ServerRecord]:
-        return await self.through_outage(self.servers, "the run")
+        return await self.through_outage(self._read, "the run")
+
+    async def _read(self) -> list[ServerRecord]:
+        begun = time.monotonic()
+        records = await self.servers()
+        self._read_s = time.monotonic() - begun
+        return records
+
+    async def _rest(self, least_s: float) -> None:
+        await asyncio.sleep(max(least_s, min(MOST_REST_S, READ_SHARE * self._read_s)))
 
 
 @dataclass(slots=True, kw_only=True)
 class _Pause:
-    """One wait: its bound, and whether anybody was told."""
+    """The pauses of one wait: each has its bound, from its own beginning, and so have all of them together."""
 
     patience: Patience
-    until: float
+    since: float | None = None
+    """When the pause that is on began."""
+    spent_s: float = 0.0
+    """In those that ended."""
     said: bool = False
 
-    @classmethod
-    def of(cls, patience: Patience) -> Self:
-        return cls(patience=patience, until=time.monotonic() + patience.pause_s)
+    def begin(self) -> None:
+        """From now on, unless a pause is on."""
+        if self.since is None:
+            self.since = time.monotonic()
 
     @property
     def over(self) -> bool:
-        return time.monotonic() > self.until
+        lasts_s = 0.0 if self.since is None else time.monotonic() - self.since
+        bound_s = self.patience.pause_s
+        return lasts_s > bound_s or self.spent_s + lasts_s > MOST_PAUSED * bound_s
 
     def say(self, text: str) -> None:
         """Once a pause."""
@@ -189,9 +232,15 @@ class _Pause:
             self.patience.tell(text)
         self.said = True
 
-    def end(self, text: str) -> None:
+    def end(self, text: str) -> bool:
+        """Whether a pause was on; it is over, and another one has a bound of its own."""
+        if self.since is None:
+            return False
         if self.said:
             self.patience.tell(text)
+        self.spent_s += time.monotonic() - self.since
+        self.since, self.said = None, False
+        return True
 
     def wait_for_servers(self, records: Sequence[ServerRecord]) -> None:
         wanted, bound = self.patience.min_servers, self.patience.pause_s
@@ -199,6 +248,7 @@ class _Pause:
         text = f"{len(records) - len(others)} of {wanted} servers serve"
         if others:
             text += f" ({_named(others)})"
+        self.begin()
         if self.over:
             raise FleetError(
                 f"{text} after a pause of {bound:.0f} s; start servers, then --resume, or lower "

@@ -21,7 +21,6 @@ from trainer.fleet import Fleet, registered
 from trainer.lease import hold
 from trainer.ledger import Ledger
 from trainer.losses import OffPolicy
-from trainer.metrics import last_line
 from trainer.optimizer import PolicyOptimizer
 from trainer.patience import Patience
 from trainer.policy import DTYPES, load_policy, recompute_activations
@@ -125,18 +124,17 @@ def begin(settings: TrainSettings, folder: Path, *, resume: bool) -> Start:
     checkpoint = checkpoints.newest(folder) if resume else None
     questions, heldout = questions_of(settings)
     learner, replay = build_learner(settings, checkpoint), replay_of(settings)
-    progress, ledger = Progress(step=0, version=0, sampled_tokens=0), Ledger()
+    progress, trees = Progress(step=0, version=0, sampled_tokens=0), None
     if checkpoint is not None:
         progress = checkpoints.restore(checkpoint, learner, replay)
-        written = last_line(folder).get("ledger", progress.trees)
-        ledger = Ledger.resumed(progress.trees, written)
+        trees = progress.trees
     return Start(
         questions=questions,
         heldout=heldout,
         learner=learner,
         replay=replay,
         progress=progress,
-        ledger=ledger,
+        ledger=Ledger.of_run(folder, trees),
     )
 
 

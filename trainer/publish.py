@@ -262,6 +262,8 @@ class Publisher:
         except (CoordinationError, WeightsError, OSError) as error:
             # Away just now: the next call does it.
             self._status(f"old versions stay: {error}")
+        except Exception as error:  # beside the training nobody waits for it: it must be said
+            self._status(f"old versions stay: {error!r}")
 
     def collect_soon(self, newest: int) -> None:
         """Let `collect` run beside whatever comes next; where one runs already, the next call does it."""

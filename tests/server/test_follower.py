@@ -362,33 +362,6 @@ async def test_an_anchor_that_came_by_its_shortcut_is_made_whole_here(
     await member.holds(4)
 
 
-def temporary(folder: Path) -> list[Path]:
-    return list(folder.glob("spoke-weights-*"))
-
-
-async def test_what_a_killed_server_left_is_deleted(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Without --weights-dir versions lie in the system's folder for what does not last."""
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    left = tmp_path / "spoke-weights-killed"
-    (left / "run").mkdir(parents=True)
-    (left / ".lock").touch()
-    (left / "run" / "weights").write_bytes(bytes(1000))
-    async with contextlib.AsyncExitStack() as stack:
-        one = Member(run, None, stack)
-        head = await run.publish()
-        await one.start()
-        assert not left.exists()
-        (kept,) = temporary(tmp_path)
-        assert (kept / run.name / f"v{head.version:06d}" / "manifest.json").exists()
-        async with contextlib.AsyncExitStack() as other_stack:
-            await Member(run, None, other_stack).start()
-            assert len(temporary(tmp_path)) == 2
-        assert temporary(tmp_path) == [kept]
-    assert not kept.exists()
-
-
 async def rebuilt(member: Member, version: int) -> list[Path]:
     """The files that the server wrote for itself of a version, once it is tidied."""
     async with asyncio.timeout(TIMEOUT):
@@ -441,3 +414,30 @@ async def test_what_was_rebuilt_makes_room(
     await run.publish()
     await member.holds(3)
     assert not file.exists()
+
+
+def temporary(folder: Path) -> list[Path]:
+    return list(folder.glob("spoke-weights-*"))
+
+
+async def test_what_a_killed_server_left_is_deleted(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without --weights-dir versions lie in the system's folder for what does not last."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left = tmp_path / "spoke-weights-killed"
+    (left / "run").mkdir(parents=True)
+    (left / ".lock").touch()
+    (left / "run" / "weights").write_bytes(bytes(1000))
+    async with contextlib.AsyncExitStack() as stack:
+        one = Member(run, None, stack)
+        head = await run.publish()
+        await one.start()
+        assert not left.exists()
+        (kept,) = temporary(tmp_path)
+        assert (kept / run.name / f"v{head.version:06d}" / "manifest.json").exists()
+        async with contextlib.AsyncExitStack() as other_stack:
+            await Member(run, None, other_stack).start()
+            assert len(temporary(tmp_path)) == 2
+        assert temporary(tmp_path) == [kept]
+    assert not kept.exists()

@@ -174,6 +174,25 @@ async def test_a_training_run_serves_its_store(
         await asyncio.to_thread(httpx.get, f"{url}/livez")
 
 
+async def test_a_file_server_that_cannot_be_started_again_is_tried_again(
+    versions: Versions, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, away = tmp_path / "run", tmp_path / "away"
+    folder.mkdir()
+    async with announced(FleetSettings(serve_at="127.0.0.1:0"), versions.store, folder) as url:
+        pid = int((await asyncio.to_thread(httpx.get, f"{url}/livez")).text)
+        folder.rename(away)  # its log cannot be opened
+        os.kill(pid, signal.SIGKILL)
+        again = HttpStore(url, RUN, tries=1)
+        async with asyncio.timeout(30):
+            while "not started again" not in caplog.text:
+                await asyncio.sleep(0.05)
+            away.rename(folder)
+            while not await asyncio.to_thread(_answers, again):
+                await asyncio.sleep(0.05)
+        again.close()
+
+
 def _answers(store: HttpStore) -> bool:
     try:
         return bool(store.manifest(0).files)

@@ -2,9 +2,11 @@
 
 import asyncio
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
 
+from shared.coordination import RedisCoordinator
 from shared.errors import CoordinationError, FleetError, LeaseError
 from shared.fleet import Head, ServerRecord, ServerState
 from trainer.fleet import registered
@@ -57,6 +59,7 @@ def patience(
 
 
 AWAY = CoordinationError("Redis at redis://r does not answer: refused")
+AWAY.__cause__ = ConnectionError("refused")
 
 
 async def test_below_min_servers_it_pauses_says_so_once_and_goes_on() -> None:
@@ -143,6 +146,74 @@ async def test_the_pause_has_a_bound_and_a_remedy() -> None:
         await waiting.enough()
 
 
+class FakeClock:
+    """Time that passes only where somebody sleeps."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr("trainer.patience.time", SimpleNamespace(monotonic=lambda: self.now))
+        monkeypatch.setattr("trainer.patience.asyncio", SimpleNamespace(sleep=self.sleep))
+
+    async def sleep(self, delay_s: float) -> None:
+        self.now += delay_s
+
+
+async def test_a_pause_counts_from_the_shortage_and_not_from_the_wait(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The servers were there for longer than a pause may take, and then away for less than that, twice."""
+    clock = FakeClock(monkeypatch)
+    waiting, said = patience([], wait_s=60.0, pause_s=1.0)
+
+    async def servers() -> list[ServerRecord]:
+        if clock.now < 20:
+            return [record("a", 1)]
+        if clock.now < 20.8 or 40 <= clock.now < 40.8:
+            return []
+        return [record("a", 1 if clock.now < 60 else 2)]
+
+    waiting.servers = servers
+    assert [r.server_id for r in await waiting.followed(HEAD)] == ["a"]
+    assert (
+        said
+        == [
+            "0 of 1 servers alive; waiting, at most 1 s",
+            "1 of 1 servers alive; going on",
+        ]
+        * 2
+    )
+
+
+async def test_servers_that_die_again_and_again_are_not_waited_for_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = FakeClock(monkeypatch)
+    waiting, said = patience([], wait_s=60.0, pause_s=10.0)
+
+    async def servers() -> list[ServerRecord]:
+        return [record("a", 1)] if clock.now % 16 < 8 else []
+
+    waiting.servers = servers
+    with pytest.raises(FleetError, match="0 of 1 servers alive"):
+        await waiting.followed(HEAD)
+    assert len(said) == 7  # four pauses of 8 s; the last one did not end
+
+
+async def test_a_long_table_is_read_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand servers take 28 ms of the trainer's loop a look."""
+    clock, looks = FakeClock(monkeypatch), []
+    waiting, _ = patience([], wait_s=60.0)
+
+    async def servers() -> list[ServerRecord]:
+        looks.append(clock.now)
+        clock.now += 0.03
+        return [record("a", 1 if clock.now < 3 else 2)]
+
+    waiting.servers = servers
+    await waiting.followed(HEAD)
+    assert len(looks) == 11  # one in 0.33 s
+
+
 async def test_redis_away_is_waited_for_and_told_once() -> None:
     waiting, said = patience(AWAY, AWAY, [record("a")])
     assert await waiting.enough() is False
@@ -156,6 +227,18 @@ async def test_redis_away_for_too_long_is_an_error_and_a_lost_lease_at_once() ->
     waiting, said = patience(LeaseError("another trainer"))
     with pytest.raises(LeaseError):
         await waiting.enough()
+    assert said == []
+
+
+async def test_a_redis_that_refuses_is_an_error_at_once(redis_url: str) -> None:
+    """It answers: another call would be refused likewise."""
+    waiting, said = patience([])
+    refusing = RedisCoordinator(redis_url.replace("redis://", "redis://nobody:wrong@"), "r")
+    waiting.servers = refusing.servers
+    async with asyncio.timeout(4):
+        with pytest.raises(CoordinationError, match="username-password"):
+            await waiting.enough()
+    await refusing.close()
     assert said == []
 
 
