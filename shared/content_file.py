@@ -10,6 +10,13 @@ from typing import Self
 
 from shared.errors import WeightsError
 from shared.manifest import FileEntry
+from shared.receiving import FULL
+
+
+def unwritable(folder: Path, error: OSError) -> WeightsError:
+    """What to raise where a folder takes no file, with the remedy where its disk is full."""
+    remedy = "; free some room there" if error.errno in FULL else ""
+    return WeightsError(f"{folder}: {error}{remedy}")
 
 
 class ContentFile:
@@ -41,7 +48,7 @@ class ContentFile:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor, self._partial = tempfile.mkstemp(dir=folder, prefix=".", suffix=".partial")
         except OSError as error:
-            raise WeightsError(f"{folder}: {error}") from error
+            raise unwritable(folder, error) from error
         self._stream = os.fdopen(descriptor, "wb")
 
     def write(self, data: bytes | memoryview) -> None:
@@ -49,7 +56,7 @@ class ContentFile:
         try:
             self._stream.write(data)
         except OSError as error:
-            raise WeightsError(f"{self._folder}: {error}") from error
+            raise unwritable(self._folder, error) from error
         if self._hash is not None:
             self._hash.update(data)
         self.size += memoryview(data).nbytes
@@ -74,7 +81,7 @@ class ContentFile:
                 if digest:
                     self.entry = FileEntry(name=name, size=self.size, sha256=digest)
         except OSError as failure:
-            raise WeightsError(f"{self._folder}: {failure}") from failure
+            raise unwritable(self._folder, failure) from failure
         finally:
             if self.path is None:
                 with contextlib.suppress(OSError):

@@ -130,6 +130,7 @@ class Trainer:
             **trained,
             "replaced_trees": len(rollout.without_signal),
             "dropped_trees": rollout.dropped,
+            "request_ids": [tree.request_id for tree in rollout.trees],
             "ledger": trees,
             "version": self.progress.version,
             "sampled_tokens_total": self.progress.sampled_tokens,

@@ -177,8 +177,8 @@ async def test_a_pause_counts_from_the_shortage_and_not_from_the_wait(
     assert (
         said
         == [
-            "0 of 1 servers alive; waiting, at most 1 s",
-            "1 of 1 servers alive; going on",
+            "0 of 1 servers serve; waiting, at most 1 s",
+            "enough servers serve (1); going on",
         ]
         * 2
     )
@@ -194,7 +194,7 @@ async def test_servers_that_die_again_and_again_are_not_waited_for_for_ever(
         return [record("a", 1)] if clock.now % 16 < 8 else []
 
     waiting.servers = servers
-    with pytest.raises(FleetError, match="0 of 1 servers alive"):
+    with pytest.raises(FleetError, match="0 of 1 servers serve"):
         await waiting.followed(HEAD)
     assert len(said) == 7  # four pauses of 8 s; the last one did not end
 
