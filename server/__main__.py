@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
         help="weight store, where its URL here is not the one that is announced",
     )
     _add_weights(add)
-    add("--advertise-url", default=None, help="how trainers reach this server")
+    add("--advertise-url", default=None, help="how trainers and other servers reach this one")
     add(
         "--served-model-name",
         default=None,

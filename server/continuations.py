@@ -4,6 +4,8 @@ Only token ids go to the engine: what follows the first tokens of a response is 
 and these.
 """
 
+import asyncio
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -23,6 +25,10 @@ class Counts:
     """Asked for."""
     sampled: int = 0
     """In continuations that ended."""
+    unfinished: int = 0
+    """In those that were cancelled while they grew, as far as the engine had told."""
+    discarded: int = 0
+    """Sampled here, by earlier beginnings of the tree."""
     given_nodes: int = 0
     """Not sampled here, because the request gave them."""
     given_tokens: int = 0
@@ -60,6 +66,7 @@ class Continuations:
         counts: tokens so far.
         budget: most nodes and tokens of the tree; None for no bound.
         reproducible: whether the seed decides the tree; see `GenerateRequest`.
+        watched: count what is unfinished where a continuation is cancelled.
     """
 
     engine: Engine
@@ -70,6 +77,7 @@ class Continuations:
     counts: Counts = field(default_factory=Counts)
     budget: Cost | None = None
     reproducible: bool = True
+    watched: bool = False
 
     def left(self, response: tuple[int, ...]) -> int:
         """Tokens that the response may still have."""
@@ -104,6 +112,12 @@ class Continuations:
         self.counts.continuations += samples
         self._keep_to_budget()
         ended: dict[int, Completion] = {}
+        grown: Counter[int] = Counter()
+
+        def note(news: Sequence[News]) -> None:
+            grown.update({piece.sample: len(piece.token_ids) for piece in news})
+            if on_news is not None:
+                on_news(news)
 
         def end(sample: int, completion: Completion) -> None:
             ended[sample] = self._trimmed(response, completion)
@@ -111,22 +125,26 @@ class Continuations:
             if on_completion is not None:
                 on_completion(sample, ended[sample])
 
-        result = await self.engine.generate(
-            GenerateRequest(
-                prompt_token_ids=self.prompt + response,
-                samples=samples,
-                max_tokens=self.left(response) if limit is None else limit,
-                temperature=self.sampling.temperature,
-                top_p=self.sampling.top_p,
-                top_k=self.sampling.top_k,
-                seed=seed,
-                reproducible=self.reproducible,
-                stop=tuple(self.sampling.stop),
-                on_news=on_news,
-                on_completion=end if on_completion is not None else None,
-                priority=priority,
+        try:
+            result = await self.engine.generate(
+                GenerateRequest(
+                    prompt_token_ids=self.prompt + response,
+                    samples=samples,
+                    max_tokens=self.left(response) if limit is None else limit,
+                    temperature=self.sampling.temperature,
+                    top_p=self.sampling.top_p,
+                    top_k=self.sampling.top_k,
+                    seed=seed,
+                    reproducible=self.reproducible,
+                    stop=tuple(self.sampling.stop),
+                    on_news=note if self.watched else on_news,
+                    on_completion=end if on_completion is not None else None,
+                    priority=priority,
+                )
             )
-        )
+        except asyncio.CancelledError:
+            self.counts.unfinished += sum(n for sample, n in grown.items() if sample not in ended)
+            raise
         self.counts.add(result)
         if on_completion is None:
             for sample, completion in enumerate(result.completions):

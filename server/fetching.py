@@ -3,13 +3,12 @@
 import contextlib
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from server.holdings import Holdings
 from server.planning import Step, plan
-from server.threads import in_daemon_thread
 from server.trouble import Trouble
 from server.turns import Source, Turns
 from shared.chain import Chain
@@ -20,6 +19,7 @@ from shared.manifest import Manifest
 from shared.sources import Part, Sources
 from shared.store import WeightReader
 from shared.store_url import is_http, shown
+from shared.threads import in_daemon_thread
 
 log = logging.getLogger("spoke.fetching")
 
@@ -31,6 +31,10 @@ MOST_ABSENT = 16
 """Servers that may turn out not to have it; that costs next to nothing."""
 
 T = TypeVar("T")
+
+
+async def _nobody(lowest: int | None) -> None:
+    """Is told nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +52,7 @@ class Fetcher:
         open_peer: the reader of another server at its URL and `PATH`.
         store_url: this server's own URL of the store; None takes what the head names.
         url: how the other servers reach this one.
+        needs: is told of the lowest version whose files are being fetched, and of None once they are here.
         peers: take files from other servers.
         patience_s: longest wait for slots in one call, seconds; well below `taking.TAKE_S`.
     """
@@ -58,6 +63,7 @@ class Fetcher:
     open_peer: Callable[[str], WeightReader]
     store_url: str | None
     url: str
+    needs: Callable[[int | None], Awaitable[None]] = _nobody
     peers: bool = True
     patience_s: float = 900.0
     count: Callable[[str, int], None] = lambda source, size: None
@@ -80,14 +86,19 @@ class Fetcher:
         if held is not None and held.manifest.digest == head.manifest_digest:
             return held
         async with self._session(head) as session:
+            wanted = await session.head()
+            await in_daemon_thread(self.holdings.adopt, wanted)
             steps = await plan(
-                await session.head(),
+                wanted,
                 held=self.holdings.makes,
                 lowest=min(self.holdings.versions(), default=None),
                 manifest_of=session.base,
             )
+            if steps:  # the store keeps them for us from now on
+                await self.needs(steps[0].manifest.version)
             for step in steps:
                 await session.take(step)
+        await self.needs(None)
         chain = self.holdings.chain(head.version)
         if chain is None:
             raise WeightsError(f"version {head.version} is not whole although it was fetched")

@@ -2,7 +2,8 @@
 
 Two things go on beside each other. One hears: an event of Redis or a few seconds wake it, it reads the head, and a
 server that is too far behind stops serving at that moment. The other takes the newest version known, as often as
-it must. Redis may come and go: what was heard is remembered, and a Redis that lost its head is given it again.
+it must; where a trainer broadcasts versions, it gives them a moment to come so. Redis may come and go: what was
+heard is remembered, and a Redis that lost its head is given it again.
 """
 
 import asyncio
@@ -13,7 +14,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from server.engines.base import Engine
+from server.engines.base import Engine, transfer_of
+from server.live import rounded
 from server.metrics import Metrics
 from server.states import Began, Failed, Heard
 from server.status import Status
@@ -21,7 +23,8 @@ from server.taking import Taker
 from server.waiting import patiently
 from shared.coordination import RECORD_S, Coordinator
 from shared.errors import CoordinationError, SpokeError
-from shared.fleet import ServerRecord
+from shared.fleet import Head, ServerRecord
+from shared.transfer import TransferBackend
 
 log = logging.getLogger("spoke.follower")
 
@@ -42,7 +45,7 @@ def pause_s(failures: int) -> float:
     return min(LONGEST_RETRY_S, RETRY_S * 2 ** (min(failures, 20) - 1)) if failures else 0.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Follower:
     """Keeps one server at the head of its run.
 
@@ -66,6 +69,10 @@ class Follower:
     _news: asyncio.Event = field(default_factory=asyncio.Event)
     _reporting: asyncio.Lock = field(default_factory=asyncio.Lock)
     """One record at a time: an older one must not overtake a newer one."""
+    _acknowledged: tuple[int, str] | None = None
+    """Version and digest of the last record."""
+    _missing: asyncio.Event = field(default_factory=asyncio.Event)
+    """Redis does not take this server's record, and that was said."""
 
     async def catch_up(self, bound_s: float) -> None:
         """Take the head's weights before serving anything; wait until that works.
@@ -80,21 +87,27 @@ class Follower:
         """
         await patiently(self._hear, bound_s)
         while not self.status.standing.holds_head:
+            head = self.status.standing.head
             taken = await self._take_newest()
             with contextlib.suppress(CoordinationError):  # the head that is known is still good
                 await self._hear()
             if taken and not self.status.standing.is_stale:
                 return
-            await self._pause()
+            await self._pause(head)
 
     async def run(self) -> None:
         """Follow the head for ever."""
+        self.status.on_swap.append(self._news.set)
         async with asyncio.TaskGroup() as group:
             group.create_task(self._hear_for_ever())
             group.create_task(self._take_for_ever())
 
     async def heartbeat(self) -> None:
-        """Renew this server's record for ever."""
+        """Renew this server's record for ever.
+
+        Raises:
+            ConfigError: another living server has this one's id.
+        """
         while True:
             await self._tell()
             await asyncio.sleep(HEARTBEAT_S)
@@ -103,15 +116,29 @@ class Follower:
         """Write this server's record now: it acknowledges what is held.
 
         Raises:
+            ConfigError: another living server has this one's id.
             CoordinationError: Redis is away.
         """
         async with self._reporting:
-            await self.coordinator.report(self._record())
+            record = self._record()
+            await self.coordinator.report(record)
+            self._acknowledged = (record.version, record.digest)
+
+    async def needs(self, lowest: int | None) -> None:
+        """Put into the record what is being fetched, at once: the trainer deletes what nobody holds or needs.
+
+        Args:
+            lowest: version whose files are needed, and those of what follows; None for none.
+        """
+        self.status.needs = lowest
+        if lowest is not None:
+            await self._tell()
 
     def _record(self) -> ServerRecord:
         info, standing = self.engine.info, self.status.standing
         return ServerRecord(
             server_id=self.status.server_id,
+            instance=self.status.instance,
             url=self.url,
             state=standing.state,
             version=standing.version,
@@ -122,9 +149,19 @@ class Follower:
             sampled_tokens=self.status.sampled_tokens,
             head=0 if standing.head is None else standing.head.version,
             serves_files=self.files(),
+            needs=self.status.needs,
+            transfer=self._takes(),
             last_error=standing.failure,
             updated_at=time.time(),
         )
+
+    def _takes(self) -> TransferBackend | None:
+        """What a broadcast may come by. Only a version that is held proves that the run's tensors fit the model,
+        and that the live ones will have the hashes that were announced."""
+        transfer, held = transfer_of(self.engine), self.status.manifest
+        if transfer is None or not transfer.verifies or held is None:
+            return None
+        return transfer.backend if held.dtype == self.engine.info.dtype else None
 
     async def _hear_for_ever(self) -> None:
         last_event, away = "0-0", False
@@ -162,27 +199,55 @@ class Follower:
             log.warning("Redis had lost version %d; it has it again", known.version)
         if standing.state is not before.state:
             if not standing.state.serves:
-                log.warning("%s", standing.refusal)
+                # A checkpoint is what every server begins with: nothing is wrong.
+                log.log(
+                    logging.WARNING if standing.digest else logging.INFO, "%s", standing.refusal
+                )
             await self.report()  # nobody may choose a server that is stale
 
     async def _take_for_ever(self) -> None:
         while True:
             self._news.clear()
-            if self.status.standing.holds_head:
+            standing = self.status.standing
+            if standing.holds_head:
+                self.status.needs = None  # of a fetch that failed
+                if self._acknowledged != (standing.version, standing.digest):
+                    await self._tell()  # it came by broadcast
                 await self.taker.tidy()
                 await self._news.wait()
-            elif not await self._take_newest():
-                await self._pause()
+            elif not await self._broadcast_came():
+                head = self.status.standing.head
+                if not await self._take_newest():
+                    await self._pause(head)
+                elif self.taker.untidy:
+                    # A server that is always one version behind would otherwise never come to it.
+                    await self.taker.tidy()
 
-    async def _pause(self) -> None:
-        """Wait as long as the failures so far ask for; a newer head ends it."""
-        standing = self.status.standing
-        known = standing.head
+    async def _broadcast_came(self) -> bool:
+        """Where the engine is in a group, wait a moment for the newest version to come so. A trainer that
+        announces and does not broadcast is gone: then the group is left."""
+        transfer = transfer_of(self.engine)
+        if transfer is None or not transfer.joined:
+            return False
+        status = self.status
+        await status.swaps.coming(lambda: status.standing.holds_head or not transfer.joined)
+        if not status.standing.holds_head and transfer.joined:
+            log.warning("the newest version did not come by broadcast: the group is left")
+            with contextlib.suppress(SpokeError):  # of an engine that has died, which others see
+                await transfer.leave()
+        return status.standing.holds_head
+
+    async def _pause(self, failed: Head | None) -> None:
+        """Wait as long as the failures so far ask for; a newer head ends it.
+
+        Args:
+            failed: the head that could not be taken: a newer one may have come while it was tried.
+        """
         # Not in step with the rest of the fleet.
-        seconds = pause_s(standing.failures) * random.uniform(0.7, 1.3)
+        seconds = pause_s(self.status.standing.failures) * random.uniform(0.7, 1.3)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
-                while self.status.standing.head == known:
+                while self.status.standing.head == failed:
                     self._news.clear()
                     await self._news.wait()
 
@@ -192,20 +257,36 @@ class Follower:
         assert head is not None, "only what was heard of is taken"
         self.status.note(Began(head.version))
         await self._tell()
-        taken = False
+        taken, first = False, not self.status.weights_digest
         try:
             await self.taker.take(head)
             taken = True
+            if first:
+                self._warn_of_rounding()
         except (SpokeError, OSError) as error:  # OSError: no room on the disk, or too slow
-            reason = f"version {head.version}: {str(error) or type(error).__name__}"
+            reason = str(error) or type(error).__name__
+            named = f"version {head.version}"
+            reason = (
+                reason if reason.startswith((f"{named} ", f"{named}:")) else f"{named}: {reason}"
+            )
             self.status.note(Failed(reason))
             log.warning("%s; version %d stays", reason, self.engine.version)
         self.metrics.updates.labels("ok" if taken else "failed").inc()
         await self._tell()
         return taken
 
+    def _warn_of_rounding(self) -> None:
+        manifest = self.status.manifest
+        loss = None if manifest is None else rounded(manifest.dtype, self.engine.info.dtype)
+        if loss is not None:
+            log.warning("%s", loss)
+
     async def _tell(self) -> None:
         try:
             await self.report()
         except CoordinationError as error:
-            log.warning("%s; this server is not in the fleet table", error)
+            if not self._missing.is_set():
+                log.warning("%s; this server is not in the fleet table until it does", error)
+            self._missing.set()
+        else:
+            self._missing.clear()

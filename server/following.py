@@ -15,12 +15,13 @@ from server.holdings import Holdings
 from server.service import RolloutService
 from server.settings import ServerSettings
 from server.taking import Taker
-from server.threads import in_daemon_thread
 from shared.coordination import RedisCoordinator
 from shared.errors import ConfigError
 from shared.http_store import open_peer
 from shared.open_store import open_store
+from shared.scratch import Scratch
 from shared.sources import Sources
+from shared.threads import in_daemon_thread
 
 
 async def open_follower(
@@ -44,6 +45,10 @@ async def open_follower(
     Raises:
         ConfigError: the folder of versions cannot be used.
     """
+
+    async def needs(lowest: int | None) -> None:
+        await follower.needs(lowest)
+
     holdings, work = await in_daemon_thread(_folders, settings, stack)
     holder.holdings = holdings
     fetcher = Fetcher(
@@ -55,6 +60,7 @@ async def open_follower(
         open_peer=lambda peer_url: open_peer(peer_url, settings.run, token=settings.store_token),
         store_url=settings.store,
         url=url,
+        needs=needs,
         peers=settings.peers,
         count=lambda source, size: holder.metrics.fetched.labels(source).inc(size),
     )
@@ -69,7 +75,7 @@ async def open_follower(
         folder=work,
         metrics=holder.metrics,
     )
-    return Follower(
+    follower = Follower(
         coordinator=coordinator,
         taker=taker,
         files=holdings.versions,
@@ -78,6 +84,7 @@ async def open_follower(
         url=url,
         metrics=holder.metrics,
     )
+    return follower
 
 
 def _advertised(advertiser: Advertiser) -> Callable[[], Awaitable[None]]:
@@ -97,8 +104,9 @@ def _folders(settings: ServerSettings, stack: contextlib.AsyncExitStack) -> tupl
     """Where versions lie, and where patches lie until the engine has read them: on a disk, not in memory."""
     try:
         if settings.weights_dir is None:
-            made = tempfile.TemporaryDirectory(prefix="spoke-weights-", ignore_cleanup_errors=True)
-            folder = Path(stack.enter_context(made))
+            made = Scratch(Path(tempfile.gettempdir()), "spoke-weights-")
+            stack.callback(made.close)
+            folder = made.folder
         else:
             folder = settings.weights_dir
             folder.mkdir(parents=True, exist_ok=True)

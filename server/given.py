@@ -13,6 +13,8 @@ from shared.errors import RequestError
 from shared.tree import FinishReason
 from shared.wire import GivenNode, GroupPlan, RolloutTreeRequest, TreePlan
 
+ROUNDING = 1e-3
+"""By so much a logprob may be above 0: of a token that is all but certain."""
 Given = Mapping[Path, Completion]
 """What was sampled, by sibling positions from the prompt; each with its parent."""
 
@@ -43,20 +45,22 @@ def check_given(request: RolloutTreeRequest, prompt_tokens: int, info: EngineInf
         checks.check(f"given.{place}", node, ends)
 
 
-def usable(request: RolloutTreeRequest, version: int) -> dict[Path, Completion]:
+def usable(request: RolloutTreeRequest, version: int, newest: int) -> dict[Path, Completion]:
     """The given nodes whose weights are good enough, with all their ancestors.
 
     Args:
         request: checked.
         version: of the engine's weights: a tree that is begun anew with each version has nodes of this one alone.
+        newest: version that this server has heard of; nodes of later ones are of no use.
     """
     kept: dict[Path, Completion] = {}
     for node in sorted(request.given, key=lambda node: node.key.count(".")):
         path = path_of(node.key)
         versions = {version for version, _ in node.versions}
         stale = min(versions) < request.min_weight_version
+        unheard = max(versions) > newest
         other = request.in_flight == "restart" and versions != {version}
-        if stale or other or (len(path) > 1 and path[:-1] not in kept):
+        if stale or unheard or other or (len(path) > 1 and path[:-1] not in kept):
             continue
         kept[path] = Completion(
             token_ids=node.token_ids,
@@ -113,6 +117,9 @@ class _Checks:
         if unknown is not None:
             detail = f"{unknown} is no token of the model, which has {self._vocabulary}"
             raise RequestError(f"{field}.token_ids", detail)
+        likely = next((logprob for logprob in node.logprobs if logprob > ROUNDING), None)
+        if likely is not None:
+            raise RequestError(f"{field}.logprobs", f"{likely} is above 0, and no logprob can be")
         start = ends[path[:-1]]
         end, most = start + tokens, self._most(start, len(path))
         if tokens > most:

@@ -3,6 +3,7 @@
     {folder}/{run}/v000042/FILES, manifest.json last
 
 Nothing here changes once it is there, and nothing is used before its SHA-256 was found right in this process.
+Beside them lie the full weights of one version that this server wrote for itself (`server.rebuilt`).
 """
 
 import contextlib
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Self
 
 from server.planning import parts_of
+from server.rebuilt import Rebuilt
 from shared.chain import Chain, Held
 from shared.errors import ConfigError, RoomError, WeightsError
 from shared.manifest import FileEntry, Manifest
@@ -46,8 +48,8 @@ class _Version:
 class Holdings:
     """A server's local store of fetched versions. One process at a time uses a folder.
 
-    Opening it hashes what is there, and `complete` what it gets: call those, `add` and `prune` in a thread
-    (`server.threads.in_daemon_thread`). The others are quick, from any thread.
+    Opening it hashes what is there, `complete` what it gets, and `rebuild` everything: call those, `add` and
+    `prune` in a thread (`shared.threads.in_daemon_thread`). The others are quick, from any thread.
 
     Args:
         folder: takes a folder of the run's name.
@@ -74,6 +76,7 @@ class Holdings:
             raise ConfigError(
                 f"--weights-dir {folder}: another server keeps run {run} there; give each its own"
             ) from None
+        self._rebuilt = Rebuilt(self._root / ".rebuilt")  # no version is called so
         # Never changed in place: readers in other threads see one whole dictionary or the next.
         self._held: dict[int, _Version] = dict(self._read())
 
@@ -119,7 +122,15 @@ class Holdings:
         return self._root / version_folder(version)
 
     def chain(self, version: int) -> Chain | None:
-        """Anchor and deltas that make a version out of what is here; None where something is missing."""
+        """The shortest chain that makes a version out of what is here; None where something is missing.
+
+        It starts from an anchor, or from what this server has rebuilt.
+        """
+        whole = self._chain(version)
+        return None if whole is None else self._rebuilt.shortened(whole)
+
+    def _chain(self, version: int) -> Chain | None:
+        """From an anchor on."""
         found = self._way(version)
         if found is None:
             return None
@@ -165,6 +176,28 @@ class Holdings:
         except OSError as error:
             raise self._failed(version, error) from None
         return folder
+
+    def adopt(self, manifest: Manifest) -> None:
+        """Hold a version under another manifest of its number; files that both name stay, the others are deleted.
+
+        A run that was trained anew from the same weights has such manifests: they differ in their time at least.
+
+        Raises:
+            WeightsError: it cannot be written; everything is as it was.
+        """
+        version, named = manifest.version, _entries(manifest)
+        with self._changing:
+            held = self._held.get(version)
+            if held is None or held.manifest.digest == manifest.digest:
+                return
+            before = [e for e in _entries(held.manifest) if e.name in held.names]
+            kept = {entry.name for entry in before if entry in named}
+            folder = self.folder_of(version)
+            self._write(manifest, folder)
+            self._held = {**self._held, version: _Version.of(manifest, kept)}
+            for entry in before:
+                if entry.name not in kept:
+                    (folder / entry.name).unlink(missing_ok=True)
 
     def add(self, manifest: Manifest, files: Sequence[FileEntry]) -> None:
         """Hold files that lie in `incoming(manifest)`, as `shared.receiving.receive` has verified them.
@@ -226,11 +259,26 @@ class Holdings:
                 with contextlib.suppress(OSError):
                     folder.rmdir()
 
+    def rebuild(self, version: int) -> None:
+        """Write the full weights of a version for this server alone, where its chain has become long.
+
+        Raises:
+            WeightsError: something is damaged, or there is no room; everything is as it was.
+        """
+        chain = self.chain(version)
+        if chain is not None:
+            self._rebuilt.write(chain)
+
+    def forget_rebuilt(self) -> None:
+        """Delete the weights that `rebuild` wrote: they are wrong, or in the way."""
+        self._rebuilt.forget()
+
     def prune(self, version: int) -> None:
         """Delete what no version from this one on needs: all below the anchor of its chain."""
-        chain = self.chain(version)
+        chain = self._chain(version)
         if chain is None:
             return
+        self._rebuilt.keep(chain)
         floor = chain.anchor.manifest.version
         for path in list(self._root.iterdir()):
             number = version_of(path.name)

@@ -30,7 +30,7 @@ from server.service import RolloutService
 from server.settings import ServerSettings
 from server.states import CaughtUp, Drain
 from server.tokens import Tokens
-from server.waiting import patiently
+from server.waiting import own_id, patiently
 from shared.coordination import RedisCoordinator
 from shared.errors import ConfigError, SpokeError
 
@@ -55,7 +55,10 @@ async def life(settings: ServerSettings, holder: Holder, url: str, stop: asyncio
     """
     async with contextlib.AsyncExitStack() as stack:
         coordinator = await _coordinator(settings, stack)
-        engine = await _engine(settings, stack)
+        async with asyncio.TaskGroup() as group:  # loading takes minutes, and another's id ends it
+            if coordinator is not None:
+                group.create_task(own_id(coordinator, settings.server_id, settings.redis_wait_s))
+            engine = await _engine(settings, stack)
         service = RolloutService(
             engine=engine,
             tokens=Tokens.load(settings.engine_settings.model),
@@ -84,7 +87,7 @@ async def life(settings: ServerSettings, holder: Holder, url: str, stop: asyncio
             # Before anything is waited for: nobody may choose this server now.
             if coordinator is not None:
                 with contextlib.suppress(SpokeError):
-                    await coordinator.leave(settings.server_id)
+                    await coordinator.leave(settings.server_id, holder.status.instance)
         await _drain(service, settings.drain_s)
 
 

@@ -29,8 +29,28 @@ class LiveWeights(BaseModel):
         "nothing was taken yet, so that there is nothing to compare with"
     )
     dtype: str = Field(description="the published format, in which the bytes are hashed")
+    rounded: str | None = Field(
+        description="why the two digests cannot agree: the engine keeps fewer bits than are published; null where "
+        "it keeps all"
+    )
     tensors: dict[str, str] = Field(
         description="SHA-256 of each tensor's bytes, by checkpoint name"
+    )
+
+
+def rounded(published: str, kept: str) -> str | None:
+    """What the engine's format costs; None where it keeps every published bit.
+
+    >>> (rounded("float32", "bfloat16") or "").partition(":")[0]
+    'float32 is published and this engine keeps bfloat16'
+    >>> rounded("bfloat16", "float32") is None
+    True
+    """
+    if kept in (published, "float32"):
+        return None
+    return (
+        f"{published} is published and this engine keeps {kept}: its weights are rounded, and their hashes are "
+        f"others; give the server --dtype {published}, or publish what it keeps (fleet.dtype)"
     )
 
 
@@ -74,7 +94,12 @@ class Live:
         version, digest, _ = before
         live = None if manifest is None else _digest(manifest, tensors)
         return LiveWeights(
-            version=version, digest=digest, live_digest=live, dtype=dtype, tensors=tensors
+            version=version,
+            digest=digest,
+            live_digest=live,
+            dtype=dtype,
+            rounded=rounded(dtype, self.engine.info.dtype),
+            tensors=tensors,
         )
 
     def _held(self) -> tuple[int, str, int]:

@@ -38,6 +38,10 @@ class Metrics:
             "given_tokens",
             "Tokens that requests gave and nobody sampled again, of trees that ended well.",
         )
+        self.discarded = counter(
+            "discarded_tokens",
+            "Tokens sampled here by beginnings of trees that were begun anew, of trees that ended well.",
+        )
         self.restarted = counter(
             "restarted_trees", "New beginnings of trees that grew while other weights came."
         )
@@ -54,7 +58,7 @@ class Metrics:
         self.tree_s = seconds("tree_seconds", "From arrival to the answer.")
         self.grading_s = seconds("tree_reward_seconds", "Grading after the last token.")
         self.sent_weights = counter(
-            "weights_sent_bytes", "Bytes of weight files handed to other servers."
+            "weight_sent_bytes", "Bytes of weight files handed to other servers."
         )
         self.updates = counter("weight_updates", "Weight updates by outcome.", ["outcome"])
         self.fetched = counter(

@@ -154,5 +154,13 @@ def check_model(model: str) -> None:
 
 
 def _url(settings: ServerSettings, listener: socket.socket) -> str:
-    host = "127.0.0.1" if settings.host in ("0.0.0.0", "::") else settings.host
-    return settings.advertise_url or f"http://{host}:{listener.getsockname()[1]}"
+    if settings.advertise_url is not None:
+        return settings.advertise_url
+    everywhere = settings.host in ("0.0.0.0", "::")
+    url = f"http://{'127.0.0.1' if everywhere else settings.host}:{listener.getsockname()[1]}"
+    if everywhere and settings.redis_url is not None:
+        log.warning(
+            "the fleet is told %s, which other machines do not reach; say how they do in --advertise-url",
+            url,
+        )
+    return url

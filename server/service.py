@@ -134,9 +134,19 @@ class RolloutService:
                 return await make()
             # Of what is asked for: given nodes are what another attempt has got of the same tree.
             digest = sha256(request.model_dump_json(exclude={"given"}).encode())
+            caller = self._keeper(request, request_id, caller)
             if (caller, request_id) in self._once:  # asked for only now: two may come at one moment
                 ended.well = "repeated"
             return await self._once.get(request_id, digest, make, caller)
+
+    def _keeper(self, request: RolloutTreeRequest, request_id: str, caller: str) -> str:
+        """For whom the tree is kept: one with given nodes, for those of the caller who give the very same ones.
+
+        Given nodes are believed; so they must reach nobody else, who may use the same token and the same id.
+        """
+        if not request.given or (caller, request_id) in self._once:
+            return caller
+        return f"{caller} {sha256(request.model_dump_json(include={'given'}).encode())}"
 
     def hand_back(self) -> int:
         """Give up every tree that still grows; their callers are told to ask another server. How many."""
@@ -270,7 +280,7 @@ class RolloutService:
         answer = partial(self._answer, request, request_id, root, grading, continuations, timing)
         large = continuations.counts.cost.tokens >= OFF_LOOP_TOKENS
         tree = await asyncio.to_thread(answer) if large else answer()
-        self._count(tree, arrived, continuations.counts.decisions)
+        self._count(tree, arrived, continuations.counts)
         return tree
 
     async def _sampled(
@@ -286,13 +296,15 @@ class RolloutService:
 
         async def grow() -> Branch:
             nonlocal own
-            own = replace(continuations, counts=Counts())
+            before, version = own.counts, self.engine.version
+            own = replace(continuations, counts=Counts(), watched=request.in_flight == "restart")
+            own.counts.discarded = before.discarded + before.sampled + before.unfinished
             return await sample(
                 request.plan,
                 own,
                 savings=request.savings,
                 grading=grading,
-                given=usable(request, self.engine.version),
+                given=usable(request, version, max(version, self.status.standing.newest)),
                 on_branch=on_branch,
             )
 
@@ -321,6 +333,7 @@ class RolloutService:
     ) -> RolloutTreeResponse:
         """What was sampled and graded, as it goes over the wire."""
         prompt, counts = continuations.prompt, continuations.counts
+        given = sum(len(node.token_ids) for node in request.given)
         tokens = self.tokens if request.return_text else None
         nodes = wire_nodes(root, prompt, grading.grades, tokens)
         versions = [v for node in nodes for v, _ in node.versions] or [self.engine.version]
@@ -333,6 +346,7 @@ class RolloutService:
                 prompt_tokens=len(prompt),
                 sampled_tokens=counts.sampled,
                 given_tokens=counts.given_tokens,
+                discarded_tokens=counts.discarded + given - counts.given_tokens,
                 computed_prefill_tokens=counts.computed_prefill,
                 cached_tokens=counts.cached,
             ),
@@ -357,12 +371,13 @@ class RolloutService:
 
         return told
 
-    def _count(self, tree: RolloutTreeResponse, arrived: float, decisions: int) -> None:
+    def _count(self, tree: RolloutTreeResponse, arrived: float, counts: Counts) -> None:
         usage, metrics = tree.usage, self.metrics
         self.status.sampled_tokens += usage.sampled_tokens
         metrics.sampled.inc(usage.sampled_tokens)
         metrics.given.inc(usage.given_tokens)
-        if decisions:
+        metrics.discarded.inc(counts.discarded)
+        if counts.decisions:
             metrics.saved.inc()
         metrics.prefill.labels("computed").inc(usage.computed_prefill_tokens)
         metrics.prefill.labels("cached").inc(usage.cached_tokens)

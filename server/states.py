@@ -9,13 +9,13 @@ started from, whose digest nobody knows.
 | 1 | Heard | its number is lower than the newest one known or held | unchanged: late or repeated |
 | 2 | Heard | the same number and the same weights as the newest one known | unchanged: repeated |
 | 3 | Heard | a known or held number with other weights | failure noted: a number is never used twice |
-| 4 | Heard | any other one | `head` is the new one |
+| 4 | Heard | any other one | `head` is the new one, of which nothing has failed yet |
 | 5 | Began | the server drains, or the version does not grow its weights | unchanged |
 | 6 | Began | any other one | `taking` is the version, whatever was being taken before |
 | 7 | Took | the version grows the weights, and is not the head's number with other bytes | held; no failure left |
 | 8 | Took | held already, the same weights | nothing is being taken |
 | 9 | Took | any other one | nothing is being taken, failure noted |
-| 10 | Failed | always | nothing is being taken, failure noted and counted |
+| 10 | Failed | always | nothing is being taken, failure noted; counted unless a newer version is known by now |
 | 11 | CaughtUp | the server loads | it follows |
 | 12 | CaughtUp | it does not load | unchanged |
 | 13 | Drain | always | it drains, for ever |
@@ -58,7 +58,7 @@ class Standing:
     failure: str | None = None
     """What went wrong last, until a version is taken."""
     failures: int = 0
-    """Of taking a version, one after the other."""
+    """Of taking the newest version known, one after the other."""
 
     @property
     def state(self) -> ServerState:
@@ -70,6 +70,11 @@ class Standing:
         if self.is_stale:
             return ServerState.STALE
         return ServerState.READY if self.taking is None else ServerState.UPDATING
+
+    @property
+    def newest(self) -> int:
+        """The newest version held or known."""
+        return self.version if self.head is None else max(self.version, self.head.version)
 
     @property
     def lag(self) -> int:
@@ -199,7 +204,7 @@ def _heard(standing: Standing, head: Head) -> Standing:
         return replace(standing, failure=reason)
     if known is not None and known.version == head.version:
         return standing
-    return replace(standing, head=head)
+    return replace(standing, head=head, failures=0)
 
 
 def _took(standing: Standing, version: int, digest: str) -> Standing:
@@ -217,4 +222,7 @@ def _took(standing: Standing, version: int, digest: str) -> Standing:
 
 
 def _failed(standing: Standing, reason: str) -> Standing:
-    return replace(standing, taking=None, failure=reason, failures=standing.failures + 1)
+    head, taking = standing.head, standing.taking
+    outdated = head is not None and taking is not None and taking < head.version
+    failures = standing.failures if outdated else standing.failures + 1
+    return replace(standing, taking=None, failure=reason, failures=failures)

@@ -2,10 +2,12 @@
 
 import asyncio
 import contextlib
+import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from server.states import Event, Standing, Took, after
+from server.swaps import Swaps
 from shared.errors import BusyError
 from shared.fleet import ServerState
 from shared.manifest import Manifest
@@ -20,7 +22,7 @@ class Update:
 
     version: int
     encoding: str
-    """`patch`: what changed; `full`: every tensor."""
+    """`patch`: what changed; `full`: every tensor; `broadcast`: every tensor, from the trainer's memory."""
     fetch_s: float
     """Until every file was on this disk, its SHA-256 compared."""
     decode_s: float
@@ -48,17 +50,23 @@ class Status:
     """What a server knows of itself; the fleet table shows it."""
 
     server_id: str
+    instance: str = field(default_factory=lambda: secrets.token_hex(8))
+    """Of this process: another one under the same id is not this server."""
     standing: Standing = field(default_factory=Standing)
     """Changed by `note` alone."""
     manifest: Manifest | None = None
     """Of the weights in the engine; None for the checkpoint it started from."""
     update: Update | None = None
     """The last one that was taken."""
+    needs: int | None = None
+    """Lowest version whose files are being fetched; None while there is none."""
     in_flight: int = 0
     """Requests being answered."""
     sampled_tokens: int = 0
     on_swap: list[Callable[[], object]] = field(default_factory=list)
     """Are called, on the event loop, whenever the engine has taken other weights."""
+    swaps: Swaps = field(default_factory=Swaps)
+    """Whose turn it is to give the engine other weights."""
     _idle: asyncio.Event = field(default_factory=asyncio.Event)
 
     def note(self, event: Event) -> None:

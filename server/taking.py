@@ -20,17 +20,19 @@ from server.engines.base import ApplyReport, Engine, Weights
 from server.metrics import Metrics
 from server.states import Took
 from server.status import Status, Update
-from server.threads import in_daemon_thread
-from shared.chain import Chain, write_full, write_patch
+from shared.chain import Chain, write_anchor, write_full, write_patch
 from shared.digests import file_sha256
-from shared.errors import SpokeError, WeightsError
+from shared.errors import RoomError, SpokeError, WeightsError
 from shared.fleet import Head
-from shared.manifest import FileEntry
+from shared.manifest import FileEntry, Manifest
+from shared.threads import in_daemon_thread
 
 log = logging.getLogger("spoke.follower")
 
 T = TypeVar("T")
 
+UNTIDY = 5
+"""Deltas of a chain that is tidied without waiting for a quiet moment."""
 TAKE_S = 3600.0
 """Bound of one version's fetch, and of its decoding, seconds; a fetch goes on from where it was cut off. An engine
 that hangs in a swap is the watch's concern (`server.life`): one that is cut off would leave nobody knows what."""
@@ -55,6 +57,14 @@ class Holds(Protocol):
         """Add an anchor's shards, written from this server's own chain."""
         ...
 
+    def rebuild(self, version: int) -> None:
+        """Write the full weights of a version for this server alone, where its chain has become long."""
+        ...
+
+    def forget_rebuilt(self) -> None:
+        """Delete those."""
+        ...
+
     def prune(self, version: int) -> None:
         """Delete what no version from this one on needs."""
         ...
@@ -62,6 +72,10 @@ class Holds(Protocol):
     def forget(self, version: int) -> None:
         """Delete a version's files, so that they are fetched again."""
         ...
+
+
+class _CameError(Exception):
+    """A broadcast was faster."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -88,8 +102,8 @@ class Taker:
     _chain: Chain | None = field(default=None, init=False)
     """Of the weights in the engine, until it is tidied."""
 
-    async def take(self, head: Head) -> Update:
-        """Take a version and sample with it.
+    async def take(self, head: Head) -> Update | None:
+        """Take a version and sample with it; None where a broadcast brought it, or a later one, meanwhile.
 
         Raises:
             WeightsError: its bytes cannot be had, are wrong, or do not fit the model.
@@ -98,17 +112,20 @@ class Taker:
             OSError: no room on the disk, or the bound is over.
         """
         started = time.monotonic()
-        async with asyncio.timeout(TAKE_S):
-            chain = await self.fetcher.chain_to(head)
+        try:
+            async with asyncio.timeout(TAKE_S):
+                chain = await self.fetcher.chain_to(head)
+        except RoomError:
+            await in_daemon_thread(self.holdings.forget_rebuilt)
+            raise
         if chain.manifest.digest != head.manifest_digest:
             raise WeightsError("the store's manifest is not the one that was announced")
         fetched = time.monotonic()
         work = await in_daemon_thread(self._work, head.version)
         try:
             weights, decode_s, report = await self._swapped(chain, work)
-            # Before anything else is awaited: who asks sees the engine and its digest agree.
-            self.status.note(Took(head.version, weights.digest))
-            self.status.manifest = chain.manifest
+        except _CameError:
+            return None
         finally:
             await in_daemon_thread(shutil.rmtree, work, ignore_errors=True)
         self._chain = chain
@@ -124,8 +141,13 @@ class Taker:
             )
         )
 
+    @property
+    def untidy(self) -> bool:
+        """Is the chain so long that it is tidied even where a newer version waits?"""
+        return self._chain is not None and len(self._chain.deltas) >= UNTIDY
+
     async def tidy(self) -> None:
-        """Make an anchor that came by its shortcut whole, and delete what is not needed any more.
+        """Make an anchor that came by its shortcut whole, delete what is not needed, shorten a long chain.
 
         Between two versions, so that nothing is deleted that is being read. It may fail: the weights are in place.
         """
@@ -136,6 +158,7 @@ class Taker:
         try:
             await in_daemon_thread(self._made_whole, chain)
             await in_daemon_thread(self.holdings.prune, version)
+            await in_daemon_thread(self.holdings.rebuild, version)
         except (SpokeError, OSError) as error:
             log.warning("version %d: what lies on the disk is not tidied: %s", version, error)
 
@@ -147,7 +170,7 @@ class Taker:
                 part = Chain(anchor=chain.anchor, deltas=chain.deltas[:end])
                 work = self._work(manifest.version)
                 try:
-                    self.holdings.complete(manifest.version, write_full(part, work))
+                    self.holdings.complete(manifest.version, write_anchor(part, work))
                 finally:
                     shutil.rmtree(work, ignore_errors=True)
                 return
@@ -156,13 +179,17 @@ class Taker:
         return Path(tempfile.mkdtemp(prefix=f"v{version:06d}-", dir=self.folder))
 
     async def _swapped(self, chain: Chain, work: Path) -> tuple[Weights, float, ApplyReport]:
-        """What the engine took, the seconds that decoding took, and the swap's."""
+        """What the engine took, the seconds that decoding took, and the swap's.
+
+        Raises:
+            _CameError: the engine needs none of it any more.
+        """
         began = time.monotonic()
         patch = await self._decoded(self._patch, chain, work)
         decoded = time.monotonic()
         if patch is not None:
             try:
-                return patch, decoded - began, await self.engine.load_weights(patch)
+                return patch, decoded - began, await self._load(patch, chain.manifest)
             except WeightsError as error:
                 log.warning("%s; version %d is loaded whole", error, patch.version)
         retried = time.monotonic()
@@ -170,8 +197,19 @@ class Taker:
         return (
             full,
             time.monotonic() - retried + decoded - began,
-            await self.engine.load_weights(full),
+            await self._load(full, chain.manifest),
         )
+
+    async def _load(self, weights: Weights, manifest: Manifest) -> ApplyReport:
+        """Give the engine a version, and say so before anybody else may give it another."""
+        async with self.status.swaps.follower():
+            if not self.status.standing.grows(weights.version):
+                raise _CameError
+            report = await self.engine.load_weights(weights)
+            # Before anything else is awaited: who asks sees the engine and its digest agree.
+            self.status.note(Took(weights.version, weights.digest))
+            self.status.manifest = manifest
+        return report
 
     async def _decoded(self, decode: Callable[[Chain, Path], T], chain: Chain, work: Path) -> T:
         """In a thread of its own: nothing here may touch the engine."""
@@ -202,6 +240,11 @@ class Taker:
 
     async def _doubt(self, chain: Chain, error: WeightsError) -> None:
         """Forget the files that went bad on this disk; where none did, all of them, once."""
+        if chain.anchor.rebuilt:
+            # Of the files nothing is known yet; and where the disk was full, there is room now.
+            log.warning("%s; version %d starts from its anchor", error, chain.manifest.version)
+            await in_daemon_thread(self.holdings.forget_rebuilt)
+            return
         bad = await in_daemon_thread(_bad, chain)
         version = chain.manifest.version
         if not bad:

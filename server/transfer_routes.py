@@ -2,11 +2,12 @@
 
 The trainer meets the servers (`join`), asks whether all can take a version (`check`), lets them receive while it
 broadcasts (`receive`), and lets them go (`leave`). A server knows the head from Redis, so that a trainer that lost
-its lease, whose versions are not announced, reaches nobody.
+its lease, whose versions are not announced, reaches nobody. What is received is acknowledged by the follower.
 """
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Iterator
 from typing import Protocol
@@ -14,16 +15,22 @@ from typing import Protocol
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 
-from server.engines.base import ApplyReport, TakesTransfers, Transfer
+from server.engines.base import ApplyReport, Transfer, transfer_of
+from server.metrics import Metrics
 from server.openapi import refusals
 from server.service import RolloutService
 from server.states import Took
-from server.status import Status
+from server.status import Status, Update
 from shared.errors import BusyError, WeightsError
+from shared.manifest import Manifest
 from shared.transfer import TransferGroup, TransferOffer
+
+log = logging.getLogger("spoke.follower")
 
 HEAD_S = 10.0
 """Longest wait for the head that a trainer has just announced."""
+TURN_S = 10.0
+"""Longest wait for a version that the engine takes from the store just now."""
 _POLL_S = 0.02
 
 
@@ -34,6 +41,8 @@ class Served(Protocol):
     """Told of what was received."""
     service: RolloutService | None
     """None before the model is loaded."""
+    metrics: Metrics
+    """Counts updates."""
 
 
 def add_transfer_routes(app: FastAPI, served: Served) -> None:
@@ -43,12 +52,12 @@ def add_transfer_routes(app: FastAPI, served: Served) -> None:
     def transfer() -> Transfer:
         if served.service is None:
             raise BusyError(status.standing.refusal)
-        engine = served.service.engine
-        if not isinstance(engine, TakesTransfers) or engine.transfer is None:
+        found = transfer_of(served.service.engine)
+        if found is None:
             raise HTTPException(
                 409, "this engine takes no broadcasts: start it with --weight-transfer"
             )
-        return engine.transfer
+        return found
 
     @contextlib.contextmanager
     def refusing() -> Iterator[None]:
@@ -74,6 +83,28 @@ def add_transfer_routes(app: FastAPI, served: Served) -> None:
                 f"version {head.version} is announced, not this version {offer.manifest.version}"
             )
 
+    def fits(offer: TransferOffer) -> None:
+        """Raise WeightsError where the engine could not load the tensors, or not prove that it did."""
+        assert served.service is not None, "asked after `transfer`"
+        own, theirs = served.service.engine.info.dtype, offer.manifest.dtype
+        if offer.verify and own != theirs:
+            raise WeightsError(
+                f"dtype: {theirs} is published, this engine computes in {own}: its tensors have other hashes"
+            )
+        held = status.manifest
+        if held is not None and _shapes(held) != _shapes(offer.manifest):
+            raise WeightsError(
+                f"tensors: they are not those of version {held.version}, which is held"
+            )
+
+    async def promised() -> None:
+        """Have the follower keep away; raise WeightsError where it is at a swap of its own for too long."""
+        deadline = time.monotonic() + TURN_S
+        while not status.swaps.promise():
+            if time.monotonic() > deadline:
+                raise WeightsError("this server takes a version from the store just now")
+            await asyncio.sleep(_POLL_S)
+
     @app.post("/weight_transfer/join", responses=refusals(409, 422, 503))
     async def join(group: TransferGroup) -> dict[str, str]:
         """Meet the trainer and the other servers; the engine samples nothing until all are there."""
@@ -83,10 +114,12 @@ def add_transfer_routes(app: FastAPI, served: Served) -> None:
 
     @app.post("/weight_transfer/check", responses=refusals(409, 422, 503))
     async def check(offer: TransferOffer) -> dict[str, str]:
-        """Could this version be received now?"""
+        """Could this version be received now? Then nothing else is, until it has come or a while is over."""
         with refusing():
             await announced(offer)
             transfer().check(offer)
+            fits(offer)
+            await promised()
         return {"status": "ready"}
 
     @app.post("/weight_transfer/receive", responses=refusals(409, 422, 503))
@@ -94,13 +127,34 @@ def add_transfer_routes(app: FastAPI, served: Served) -> None:
         """Take the version that the trainer broadcasts now."""
         with refusing():
             await announced(offer)
-            report = await transfer().receive(offer)
-        status.note(Took(offer.manifest.version, offer.manifest.weights_digest))
-        status.manifest = offer.manifest
+            async with status.swaps.broadcast():
+                report = await transfer().receive(offer)
+                status.note(Took(offer.manifest.version, offer.manifest.weights_digest))
+                status.manifest = offer.manifest
+        status.update = Update(
+            version=offer.manifest.version,
+            encoding="broadcast",
+            fetch_s=0.0,
+            decode_s=0.0,
+            stage_s=report.stage_s,
+            pause_s=report.pause_s,
+            apply_s=report.apply_s,
+        )
+        log.info(
+            "version %d (broadcast): paused %.0f ms", offer.manifest.version, 1e3 * report.pause_s
+        )
+        served.metrics.updates.labels("ok").inc()
+        served.metrics.update_s.labels("pause").observe(report.pause_s)
+        served.metrics.update_s.labels("apply").observe(report.apply_s)
         return report
 
     @app.post("/weight_transfer/leave", responses=refusals(503))
     async def leave() -> dict[str, str]:
         """Leave the group."""
+        status.swaps.withdraw()
         await transfer().leave()
         return {"status": "left"}
+
+
+def _shapes(manifest: Manifest) -> set[tuple[str, str, tuple[int, ...]]]:
+    return {(t.name, t.dtype, t.shape) for t in manifest.tensors}

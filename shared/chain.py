@@ -32,23 +32,33 @@ class Held:
     manifest: Manifest
     folder: Path
     """Where the files lie, under the names that the manifest gives them."""
+    rebuilt: tuple[Path, ...] = ()
+    """Full shards of any version that this machine wrote for itself: they stand in for an anchor's. Nobody hashes
+    them: what is built upon them is hashed."""
+
+    @property
+    def shards(self) -> tuple[Path, ...]:
+        """Full shards; none where there are only those of a delta."""
+        if self.rebuilt or not self.manifest.is_anchor:
+            return self.rebuilt
+        return tuple(self.folder / file.name for file in self.manifest.files)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chain:
-    """An anchor and the versions after it, each taken by its delta from the one before.
+    """An anchor, or what was rebuilt, and the versions after it, each taken by its delta from the one before.
 
     Raises:
         WeightsError: they do not follow on one another.
     """
 
     anchor: Held
-    """Whose `manifest.files` lie in its folder."""
+    """Whose `shards` are there: what everything starts from."""
     deltas: tuple[Held, ...] = ()
     """Ascending; their `manifest.delta.files` lie in their folders. An anchor stands here by its shortcut."""
 
     def __post_init__(self) -> None:
-        if not self.anchor.manifest.is_anchor:
+        if not self.anchor.manifest.is_anchor and not self.anchor.rebuilt:
             raise WeightsError(f"version {self.anchor.manifest.version} is no anchor")
         before = self.anchor.manifest
         for manifest in (held.manifest for held in self.deltas):
@@ -87,11 +97,11 @@ class PatchAndShards:
 
 
 def write_full(chain: Chain, folder: Path) -> tuple[Path, ...]:
-    """Full shards of the newest version, every tensor verified.
+    """Full shards of the newest version, every tensor verified: for this machine alone.
 
     Args:
         chain: leads to it.
-        folder: takes them. Where the newest version is the chain's anchor, its own files are the answer instead.
+        folder: takes them. Where the chain has no deltas, the files that it starts from are the answer instead.
 
     Raises:
         WeightsError: naming version and tensor, where something is damaged or does not fit; or the disk is full.
@@ -99,8 +109,21 @@ def write_full(chain: Chain, folder: Path) -> tuple[Path, ...]:
     if not chain.deltas:
         for _ in _tensors(chain, 0):
             pass  # each one is verified as it passes
-        return tuple(chain.anchor.folder / file.name for file in chain.manifest.files)
-    return tuple(folder / file.name for file in _write(chain, None, None, folder).shards)
+        return chain.anchor.shards
+    with ShardWriter(_infos(chain.manifest), folder, hashed=False) as shards:
+        for _, bits, _ in _tensors(chain, len(chain.deltas)):
+            shards.write(bits)
+    return tuple(shards.paths)
+
+
+def write_anchor(chain: Chain, folder: Path) -> tuple[Path, ...]:
+    """The published shards of an anchor that was taken by its shortcut, to be kept as an anchor from now on.
+
+    Raises:
+        WeightsError: as in `write_full`; or the shards are not the files that the newest manifest names.
+    """
+    files = write_patch_and_shards(chain, "", folder, folder).shards
+    return tuple(folder / file.name for file in files)
 
 
 def write_patch(chain: Chain, since_digest: str, folder: Path) -> tuple[Path, ...] | None:
@@ -158,17 +181,23 @@ def _write(
 
 
 def _tensors(chain: Chain, since: int) -> Iterator[tuple[TensorInfo, NDArray[Any], Indices]]:
-    """Each tensor in canonical order, verified; its bits, and where deltas after the first `since` wrote."""
+    """Each tensor in canonical order, verified; its bits, and where deltas after the first `since` wrote.
+
+    The bits are good until the next tensor.
+    """
     entries = {entry.name: entry for entry in chain.manifest.tensors}
     with ExitStack() as stack:
         anchor, deltas = _open(chain, stack)
-        for info in canonical_order(_infos(chain.manifest)):
+        infos = canonical_order(_infos(chain.manifest))
+        # One buffer for all of them: memory that is new to the process has to be cleared first.
+        buffer = np.empty(max((info.nbytes for info in infos), default=0), np.uint8)
+        for info in infos:
             bits, changed = anchor.bits(info.name), []
             for number, (version, files) in enumerate(deltas):
                 blob = files.blob(info.name)
                 if blob is None:
                     continue
-                bits = bits if bits.flags.writeable else bits.copy()
+                bits = bits if bits.flags.writeable else _copied(bits, buffer)
                 patch = _decode(blob, bits, version, info.name)
                 patch.write_into(bits)
                 if number >= since:
@@ -181,9 +210,7 @@ def _tensors(chain: Chain, since: int) -> Iterator[tuple[TensorInfo, NDArray[Any
 def _open(chain: Chain, stack: ExitStack) -> tuple[TensorFiles, list[tuple[int, DeltaFiles]]]:
     manifest = chain.anchor.manifest
     try:
-        anchor = stack.enter_context(
-            TensorFiles(chain.anchor.folder / file.name for file in manifest.files)
-        )
+        anchor = stack.enter_context(TensorFiles(chain.anchor.shards))
         if set(anchor.tensors.values()) != _infos(manifest):
             raise WeightsError("its shards hold other tensors than its manifest names")
         names = anchor.tensors.keys()
@@ -198,6 +225,12 @@ def _open(chain: Chain, stack: ExitStack) -> tuple[TensorFiles, list[tuple[int, 
     except WeightsError as error:
         raise WeightsError(f"version {manifest.version}: {error}") from None
     return anchor, deltas
+
+
+def _copied(bits: NDArray[Any], buffer: NDArray[np.uint8]) -> NDArray[Any]:
+    copy = buffer[: bits.nbytes].view(bits.dtype)
+    np.copyto(copy, bits)
+    return copy
 
 
 def _decode(blob: bytes, bits: NDArray[Any], version: int, name: str) -> Patch:
@@ -219,7 +252,10 @@ def _first_wrong(
             _decode(blob, bits, version, info.name).write_into(bits)
         if sha256_of(bits) != _entry(held.manifest, info.name).sha256:
             return _wrong(version, info.name)
-    raise AssertionError("a tensor that was wrong is right when it is computed again")
+    return WeightsError(
+        f"version {chain.manifest.version}: tensor {info.name} was read wrong once and right now: this machine's "
+        "disk or memory is not to be trusted"
+    )
 
 
 def _wrong(version: int, name: str) -> WeightsError:

@@ -10,6 +10,13 @@ from typing import Self
 
 from shared.errors import WeightsError
 from shared.manifest import FileEntry
+from shared.receiving import FULL
+
+
+def unwritable(folder: Path, error: OSError) -> WeightsError:
+    """What to raise where a folder takes no file, with the remedy where its disk is full."""
+    remedy = "; free some room there" if error.errno in FULL else ""
+    return WeightsError(f"{folder}: {error}{remedy}")
 
 
 class ContentFile:
@@ -22,23 +29,26 @@ class ContentFile:
         folder: where it goes; made where it is missing.
         stem: how its name begins.
         suffix: how its name ends.
+        hashed: without it the file is `{stem}{suffix}` and there is no entry: nobody else will ever see it.
 
     Raises:
         WeightsError: the disk is full, or the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, stem: str, suffix: str) -> None:
+    def __init__(self, folder: Path, stem: str, suffix: str, *, hashed: bool = True) -> None:
+        self.path: Path | None = None
+        """Where it lies; None until the block ended."""
         self.entry: FileEntry | None = None
         """What a manifest says of it; None until the block ended."""
         self.size = 0
         """Bytes so far."""
         self._folder, self._stem, self._suffix = folder, stem, suffix
-        self._hash = hashlib.sha256()
+        self._hash = hashlib.sha256() if hashed else None
         try:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor, self._partial = tempfile.mkstemp(dir=folder, prefix=".", suffix=".partial")
         except OSError as error:
-            raise WeightsError(f"{folder}: {error}") from error
+            raise unwritable(folder, error) from error
         self._stream = os.fdopen(descriptor, "wb")
 
     def write(self, data: bytes | memoryview) -> None:
@@ -46,8 +56,9 @@ class ContentFile:
         try:
             self._stream.write(data)
         except OSError as error:
-            raise WeightsError(f"{self._folder}: {error}") from error
-        self._hash.update(data)
+            raise unwritable(self._folder, error) from error
+        if self._hash is not None:
+            self._hash.update(data)
         self.size += memoryview(data).nbytes
 
     def __enter__(self) -> Self:
@@ -62,15 +73,16 @@ class ContentFile:
         try:
             self._stream.close()
             if kind is None:
-                digest = self._hash.hexdigest()
-                name = f"{self._stem}-{digest[:8]}{self._suffix}"
+                digest = "" if self._hash is None else self._hash.hexdigest()
+                name = self._stem + (f"-{digest[:8]}" if digest else "") + self._suffix
                 # mkstemp's files are for their owner alone; a store's are read by whoever may read the folder.
                 Path(self._partial).chmod(0o644)
-                Path(self._partial).rename(self._folder / name)
-                self.entry = FileEntry(name=name, size=self.size, sha256=digest)
+                self.path = Path(self._partial).rename(self._folder / name)
+                if digest:
+                    self.entry = FileEntry(name=name, size=self.size, sha256=digest)
         except OSError as failure:
-            raise WeightsError(f"{self._folder}: {failure}") from failure
+            raise unwritable(self._folder, failure) from failure
         finally:
-            if self.entry is None:
+            if self.path is None:
                 with contextlib.suppress(OSError):
                     Path(self._partial).unlink(missing_ok=True)

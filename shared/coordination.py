@@ -5,6 +5,7 @@ that names its address (never its password).
 """
 
 import asyncio
+import logging
 import secrets
 from collections.abc import Awaitable, Sequence
 from functools import cache
@@ -12,6 +13,7 @@ from importlib.resources import files
 from typing import Any, Protocol, TypeVar
 
 import redis.asyncio
+from pydantic import ValidationError
 from redis.exceptions import AuthenticationError, RedisError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
@@ -20,6 +22,8 @@ from shared.errors import ConfigError, CoordinationError, LeaseError, LeaseHeldE
 from shared.fleet import Head, ServerRecord
 from shared.keys import Keys
 from shared.redis_url import redacted
+
+log = logging.getLogger("spoke.coordination")
 
 T = TypeVar("T")
 
@@ -62,7 +66,11 @@ class Coordinator(Protocol):
     """What both sides need of Redis."""
 
     async def head(self) -> Head | None:
-        """The newest announced version; None before the first."""
+        """The newest announced version; None before the first.
+
+        Raises:
+            CoordinationError: Redis is away, or holds a head that cannot be read.
+        """
         ...
 
     async def restore(self, head: Head) -> bool:
@@ -81,15 +89,20 @@ class Coordinator(Protocol):
         ...
 
     async def report(self, record: ServerRecord) -> None:
-        """Write a server's record and renew its lease."""
+        """Write a server's record and renew its lease.
+
+        Raises:
+            ConfigError: another living server has this id.
+            CoordinationError: Redis is away.
+        """
         ...
 
-    async def leave(self, server_id: str) -> None:
-        """Remove a server's record."""
+    async def leave(self, server_id: str, instance: str = "") -> None:
+        """Remove a server's record; that of another instance under the same id stays."""
         ...
 
     async def servers(self) -> list[ServerRecord]:
-        """Records of the live servers, by id."""
+        """Records of the live servers, by id; one that cannot be read is left out, with a warning."""
         ...
 
 
@@ -108,6 +121,17 @@ def is_away(error: CoordinationError) -> bool:
     away = (OSError, RedisConnectionError, RedisTimeoutError)  # TimeoutError is an OSError
     cause = error.__cause__
     return isinstance(cause, away) and not isinstance(cause, AuthenticationError)
+
+
+def id_taken(server_id: str, url: str) -> str:
+    """What two servers under one id are told: each would overwrite the other's record."""
+    return f"--server-id {server_id}: the server at {url} lives under this id; give each its own, or leave it out"
+
+
+def _first_fault(error: ValidationError) -> str:
+    """What is wrong with what was read, in a few words."""
+    fault = error.errors(include_url=False)[0]
+    return f"{'.'.join(map(str, fault['loc'])) or 'all of it'}: {fault['msg']}"
 
 
 def _unread(task: asyncio.Future[Any]) -> None:
@@ -146,6 +170,8 @@ class RedisCoordinator:
                 "/ ? # and @ in a password are %2F %3F %23 and %40"
             ) from None
         self._where = redacted(url)
+        self._unreadable: set[str] = set()
+        """Ids of servers whose records cannot be read: told once."""
 
     @property
     def keys(self) -> Keys:
@@ -161,7 +187,7 @@ class RedisCoordinator:
                 raise TimeoutError
             return task.result()
         except (RedisError, OSError) as error:  # TimeoutError is an OSError
-            reason = str(error) or type(error).__name__
+            reason = str(error).rstrip(".") or type(error).__name__
             raise CoordinationError(f"Redis at {self._where} does not answer: {reason}") from error
         finally:
             if not task.done():
@@ -221,7 +247,13 @@ class RedisCoordinator:
     async def head(self) -> Head | None:
         """See `Coordinator.head`."""
         fields = await self._call(self._redis.hgetall(self._keys.head))
-        return Head.of(fields) if fields else None
+        try:
+            return Head.of(fields) if fields else None
+        except ValidationError as error:
+            raise CoordinationError(
+                f"the head of run {self._keys.run!r} in Redis at {self._where} cannot be read: "
+                f"{_first_fault(error)}; another version of Spoke may have written {self._keys.head}"
+            ) from None
 
     async def restore(self, head: Head) -> bool:
         """See `Coordinator.restore`."""
@@ -242,19 +274,19 @@ class RedisCoordinator:
 
     async def report(self, record: ServerRecord) -> None:
         """See `Coordinator.report`."""
-        pipe = self._redis.pipeline(transaction=True)
-        pipe.set(
-            self._keys.server(record.server_id), record.model_dump_json(), px=int(RECORD_S * 1000)
+        text, server_id = record.model_dump_json(), record.server_id
+        written, *holder = await self.script(
+            "report",
+            [self._keys.server(server_id), self._keys.servers],
+            [text, int(RECORD_S * 1000), record.instance, server_id],
         )
-        pipe.sadd(self._keys.servers, record.server_id)
-        await self._call(pipe.execute())
+        if not written:
+            raise ConfigError(id_taken(server_id, holder[0]))
 
-    async def leave(self, server_id: str) -> None:
+    async def leave(self, server_id: str, instance: str = "") -> None:
         """See `Coordinator.leave`."""
-        pipe = self._redis.pipeline(transaction=True)
-        pipe.delete(self._keys.server(server_id))
-        pipe.srem(self._keys.servers, server_id)
-        await self._call(pipe.execute())
+        keys = [self._keys.server(server_id), self._keys.servers]
+        await self.script("leave", keys, [instance, server_id])
 
     async def servers(self) -> list[ServerRecord]:
         """See `Coordinator.servers`."""
@@ -266,4 +298,21 @@ class RedisCoordinator:
         if gone:
             keys = [self._keys.servers, *(self._keys.server(i) for i in gone)]
             await self.script("forget_servers", keys, gone)
-        return [ServerRecord.model_validate_json(text) for text in found if text is not None]
+        records = (self._record(i, t) for i, t in zip(ids, found, strict=True) if t is not None)
+        return [record for record in records if record is not None]
+
+    def _record(self, server_id: str, text: str) -> ServerRecord | None:
+        """None where it cannot be read: one server of another version must not end all others."""
+        try:
+            record = ServerRecord.model_validate_json(text)
+        except ValidationError as error:
+            if server_id not in self._unreadable:
+                log.warning(
+                    "the record of server %s cannot be read: %s; it is left out",
+                    server_id,
+                    _first_fault(error),
+                )
+            self._unreadable.add(server_id)
+            return None
+        self._unreadable.discard(server_id)
+        return record

@@ -4,7 +4,7 @@ See `shared.delta` for the reasons. Everything here is about one segment.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,7 +18,7 @@ _ORDERED_SHARE = 16
 """At most about one element in so many is ordered by magnitude: ordering takes time."""
 _ORDERING_COSTS = 0.05
 """Bits that ordering an element must save on average."""
-_SAMPLES = 1 << 15
+_SAMPLES = 1 << 13
 """Elements of a segment that are looked at to choose a limit."""
 _BLOCK = 1 << 20
 """Elements compared at once."""
@@ -36,31 +36,46 @@ def coarse_magnitudes(bits: Bits) -> NDArray[np.uint8]:
     return upper.astype(np.uint8)
 
 
-def ordered_below(base: Bits, limit: int) -> NDArray[np.int64]:
-    """Places of the elements with a coarse magnitude below `limit`, by rising magnitude, then by place."""
+class Ordered(NamedTuple):
+    """The elements of small magnitude, and their order by it."""
+
+    places: NDArray[np.int64]
+    """[n] ascending."""
+    bits: Bits
+    """[n] what lies there."""
+    order: NDArray[np.int64]
+    """[n] `places[order]` has rising magnitudes, and rising places among equal ones."""
+
+
+def ordered_below(base: Bits, limit: int) -> Ordered:
+    """The elements with a coarse magnitude below `limit`."""
     bound = base.dtype.type(limit << (8 * base.itemsize - 8))
     places = places_where(lambda part: _magnitude(base[part]) < bound, base.size)
-    keys = _magnitude(base[places])
+    bits = base.take(places)
+    keys = _magnitude(bits)
     if base.itemsize > 2:  # sixteen bits say enough, and sort by radix
         keys = (keys >> base.dtype.type(8 * base.itemsize - 16)).astype(np.uint16)
-    return places[np.argsort(keys, kind="stable")]
+    return Ordered(places, bits, np.argsort(keys, kind="stable"))
 
 
-def _find(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Places where a mask is set: eight at a glance where few are."""
-    whole = mask.size & ~7
-    if np.count_nonzero(mask) * 64 > mask.size:
+def find(mask: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Places where a mask is set: by words of eight where few are."""
+    if np.count_nonzero(mask) * 12 > mask.size:
         return np.flatnonzero(mask)
-    words = np.flatnonzero(mask[:whole].view(np.uint64) != 0)
-    inner = np.flatnonzero(mask[:whole].reshape(-1, 8)[words])
-    places = (words[inner >> 3] << 3) + (inner & 7)
+    whole = mask.size & ~7
+    words = mask[:whole].view(np.uint64)
+    busy = np.flatnonzero(words != 0)
+    inner = np.flatnonzero(words.take(busy).view(np.bool_))
+    places = (busy.take(inner >> 3) << 3) + (inner & 7)
+    if whole == mask.size:
+        return places
     return np.concatenate([places, whole + np.flatnonzero(mask[whole:])])
 
 
 def places_where(mask: Callable[[slice], NDArray[np.bool_]], size: int) -> NDArray[np.int64]:
     """Places where a mask is set that is computed in blocks, each of which stays in the processor's cache."""
     blocks = (slice(start, min(start + _BLOCK, size)) for start in range(0, size, _BLOCK))
-    found = [_find(mask(block)) + block.start for block in blocks]
+    found = [find(mask(block)) + block.start for block in blocks]
     return np.concatenate(found)
 
 
@@ -139,8 +154,8 @@ def unfold(base: Bits, folded: Bits) -> Bits:
 def to_planes(values: NDArray[Any]) -> tuple[bytes, int]:
     """Byte planes, the lowest first, and how many there are: none where all values are zero."""
     width = (int(values.max(initial=0)).bit_length() + 7) // 8
-    rows = values.astype(values.dtype.newbyteorder("<"), copy=False).view(np.uint8)
-    return rows.reshape(values.size, values.itemsize).T[:width].tobytes(), width
+    planes = ((values >> values.dtype.type(8 * plane)).astype(np.uint8) for plane in range(width))
+    return b"".join(plane.tobytes() for plane in planes), width
 
 
 def from_planes(raw: bytes, start: int, count: int, width: int) -> Bits:

@@ -5,6 +5,8 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from shared.transfer import TransferBackend
+
 
 class ServerState(StrEnum):
     """Where a server is in its life (DESIGN.md section 6)."""
@@ -25,11 +27,16 @@ class ServerState(StrEnum):
 
 
 class ServerRecord(BaseModel):
-    """One server's entry in the fleet table; it vanishes when the server stops renewing it."""
+    """One server's entry in the fleet table; it vanishes when the server stops renewing it.
 
-    model_config = ConfigDict(frozen=True)
+    Servers of several versions of Spoke may be in one table: fields that this one does not know are ignored.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
 
     server_id: str
+    instance: str = ""
+    """Random, of this process: two processes under one id are told apart by it."""
     url: str
     state: ServerState
     version: int
@@ -46,6 +53,10 @@ class ServerRecord(BaseModel):
     """Newest version that it has heard of."""
     serves_files: tuple[int, ...] = ()
     """Versions whose files it hands to other servers."""
+    needs: int | None = None
+    """Lowest version whose files it is fetching now: the store keeps it, and what follows, for it."""
+    transfer: TransferBackend | None = None
+    """What the next version may come by, straight from the trainer; None where it cannot."""
     last_error: str | None = None
     updated_at: float
     """Unix seconds, by the server's clock; for people, never for decisions."""

@@ -7,7 +7,7 @@
 | `spoke:{RUN}:head`           | hash    | the run         | announce, restore| servers, trainer  |
 | `spoke:{RUN}:events`         | stream  | ~1000 entries   | announce, restore| servers           |
 | `spoke:{RUN}:servers`        | set     | the run         | servers; readers | trainer, commands |
-| `spoke:{RUN}:server:ID`      | string  | lease (5 s)     | that server      | trainer, commands |
+| `spoke:{RUN}:server:ID`      | string  | lease (5 s)     | report, leave    | trainer, commands |
 | `spoke:{RUN}:holders:V:PART` | zset    | 60 s            | their servers    | claim_source      |
 | `spoke:{RUN}:slots:SOURCE`   | zset    | claim (15 s)    | claim_source     | claim_source      |
 

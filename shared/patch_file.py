@@ -15,8 +15,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.content_file import unwritable
 from shared.delta import Indices
-from shared.errors import WeightsError
 from shared.shards import SHARD_BYTES
 from shared.tensor_files import TensorInfo, bits_type, header
 
@@ -70,7 +70,7 @@ class PatchWriter:
                 self._open_spools()
             self._spools[array.itemsize].write(np.ascontiguousarray(array).view(np.uint8).data)
         except OSError as error:
-            raise WeightsError(f"{self._folder}: {error}") from error
+            raise unwritable(self._folder, error) from error
         info = TensorInfo(name=name, dtype=dtype, shape=array.shape)
         self._written[array.itemsize].append(info)
         self._size += array.nbytes
@@ -93,7 +93,7 @@ class PatchWriter:
                     self._spools[width].seek(0)
                     shutil.copyfileobj(self._spools[width], stream, 1 << 20)
         except OSError as error:
-            raise WeightsError(f"{self._folder}: {error}") from error
+            raise unwritable(self._folder, error) from error
         self._stack.close()
         self._spools = {}
         self._size = 0

@@ -57,14 +57,17 @@ class ShardWriter:
     Args:
         tensors: all that will be written.
         folder: takes the files, `weights-00000-1f2e3d4c.safetensors` and so on.
+        hashed: without it they are `weights-00000.safetensors` and so on, and no manifest can name them.
     """
 
-    def __init__(self, tensors: Iterable[TensorInfo], folder: Path) -> None:
+    def __init__(self, tensors: Iterable[TensorInfo], folder: Path, *, hashed: bool = True) -> None:
         self.order = canonical_order(tensors)
         """In which `write` is called."""
         self.files: list[FileEntry] = []
-        """What a manifest says of the files, once the block has ended."""
-        self._folder = folder
+        """What a manifest says of the files, once the block has ended; nothing where they are not hashed."""
+        self.paths: list[Path] = []
+        """Where they lie, once the block has ended."""
+        self._folder, self._hashed = folder, hashed
         self._steps = _steps(self.order)
         self._file: ContentFile | None = None
         self._stack = ExitStack()
@@ -83,8 +86,9 @@ class ShardWriter:
         assert bits.size == tensor.elements, tensor.name
         if group:
             self._end_file()
-            stem = f"weights-{len(self.files):05d}"
-            self._file = self._stack.enter_context(ContentFile(self._folder, stem, ".safetensors"))
+            stem = f"weights-{len(self.paths):05d}"
+            file = ContentFile(self._folder, stem, ".safetensors", hashed=self._hashed)
+            self._file = self._stack.enter_context(file)
             self._file.write(header(group))
         assert self._file is not None
         self._file.write(np.ascontiguousarray(bits).reshape(-1).view(np.uint8).data)
@@ -92,8 +96,10 @@ class ShardWriter:
     def _end_file(self) -> None:
         if self._file is not None:
             self._stack.close()
-            assert self._file.entry is not None
-            self.files.append(self._file.entry)
+            assert self._file.path is not None
+            self.paths.append(self._file.path)
+            if self._file.entry is not None:
+                self.files.append(self._file.entry)
 
     def __enter__(self) -> Self:
         return self

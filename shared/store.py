@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 import fsspec
+from fsspec.callbacks import Callback
 
 from shared.digests import sha256_of
 from shared.errors import ConfigError, LocalError, WeightsError
@@ -96,12 +97,19 @@ class WeightReader(Protocol):
 class WeightStore(WeightReader, Protocol):
     """Where the bytes of a run's versions live."""
 
+    @property
+    def beside(self) -> Path | None:
+        """A folder of this machine out of which files are linked into the store, and not copied; None where the
+        store is elsewhere. What lies there is no version."""
+        ...
+
     def publish(
         self,
         manifest: Manifest,
         folder: Path,
         *,
         before_manifest: Callable[[], None] = lambda: None,
+        moved: Callable[[], None] = lambda: None,
     ) -> None:
         """Make a version visible: its files first, its manifest last, and only once.
 
@@ -109,6 +117,7 @@ class WeightStore(WeightReader, Protocol):
             manifest: sealed; names the files, those of its shortcut included.
             folder: where the files lie on this machine.
             before_manifest: called between the two; what it raises leaves the version invisible.
+            moved: called whenever something has got there, a file or, in most stores, a part of one.
 
         Raises:
             WeightsError: the version exists already, or the store refused.
@@ -116,16 +125,28 @@ class WeightStore(WeightReader, Protocol):
         ...
 
     def versions(self) -> list[int]:
-        """Versions that have a manifest, ascending."""
+        """Versions that have a manifest, ascending: asks for each.
+
+        Raises:
+            WeightsError: the store is away; a version is never left out for that.
+        """
         ...
 
     def numbers(self) -> list[int]:
         """Versions that have a folder, ascending: a trainer that died while it published left one without a
-        manifest, and its number is not used again."""
+        manifest, and its number is not used again. One listing.
+
+        Raises:
+            WeightsError: the store is away.
+        """
         ...
 
     def delete(self, version: int) -> None:
-        """Remove a version, or what is there of one, its manifest first; nothing happens where there is none."""
+        """Remove a version, or what is there of one, its manifest first; nothing happens where there is none.
+
+        Raises:
+            WeightsError: the store is away, or refused.
+        """
         ...
 
 
@@ -143,6 +164,7 @@ class FsspecStore:
 
     Raises:
         ConfigError: the URL's protocol is unknown, its package is not installed, or it can only be read.
+        WeightsError: it connects at once, and cannot.
     """
 
     def __init__(self, url: str, run: str) -> None:
@@ -158,6 +180,9 @@ class FsspecStore:
             self._fs, root = fsspec.core.url_to_fs(url)
         except (ValueError, ImportError) as error:
             raise ConfigError(f"weight store {self.url!r}: {error}") from None
+        except OSError as error:
+            reason = str(error) or type(error).__name__
+            raise WeightsError(f"weight store {self.url} cannot be reached: {reason}") from error
         self._root = posixpath.join(root, run)
         self._run = run
         protocol = self._fs.protocol
@@ -169,6 +194,11 @@ class FsspecStore:
         """The store's root as a folder of this machine; None where it is none."""
         return Path(self._root).parent if self._local else None
 
+    @property
+    def beside(self) -> Path | None:
+        """See `WeightStore.beside`."""
+        return Path(self._root) if self._local else None
+
     def close(self) -> None:
         """See `WeightReader.close`; fsspec keeps its own connections."""
 
@@ -176,7 +206,7 @@ class FsspecStore:
         return posixpath.join(self._root, version_folder(version), name)
 
     @contextlib.contextmanager
-    def _named(self, version: int) -> Iterator[None]:
+    def _named(self, what: str) -> Iterator[None]:
         """Errors of the store's own kind as ours."""
         try:
             yield
@@ -184,7 +214,7 @@ class FsspecStore:
             reason = str(error) or type(error).__name__
             if error.errno in FULL:
                 reason += "; free some room, or lower fleet.keep_versions"
-            raise WeightsError(f"weight store {self.url}: version {version}: {reason}") from error
+            raise WeightsError(f"weight store {self.url}: {what}: {reason}") from error
 
     def publish(
         self,
@@ -192,16 +222,18 @@ class FsspecStore:
         folder: Path,
         *,
         before_manifest: Callable[[], None] = lambda: None,
+        moved: Callable[[], None] = lambda: None,
     ) -> None:
         """See `WeightStore.publish`."""
         version = manifest.version
         extra = () if manifest.shortcut is None else manifest.shortcut.files
-        with self._named(version):
+        with self._named(f"version {version}"):
             if self._fs.exists(self._path(version, MANIFEST)):
                 raise self._taken(version)
             self._fs.makedirs(self._path(version), exist_ok=True)
             for entry in (*manifest.files, *extra):
-                self._put(version, entry, folder / entry.name)
+                self._put(version, entry, folder / entry.name, moved)
+                moved()
             before_manifest()
             # Last, and whole: a reader that sees the manifest must find every byte it names.
             try:
@@ -215,7 +247,7 @@ class FsspecStore:
             "a version number is never used for other bytes"
         )
 
-    def _put(self, version: int, entry: FileEntry, source: Path) -> None:
+    def _put(self, version: int, entry: FileEntry, source: Path, moved: Callable[[], None]) -> None:
         """Put one file, never over another one."""
         path = self._path(version, entry.name)
         if self._fs.exists(path):
@@ -226,12 +258,16 @@ class FsspecStore:
                 "died while it published, or one is publishing now; take the next number"
             )
         if not self._local:
-            self._fs.put_file(str(source), path)
+            self._fs.put_file(str(source), path, callback=_Moved(moved))
             return
-        with self._partial(path) as partial:
-            self._fs.put_file(str(source), partial)
-            _sync(partial)
-            with contextlib.suppress(FileExistsError):  # our double, just now: the manifest decides
+        with contextlib.suppress(FileExistsError):  # our double, just now: the manifest decides
+            if source.is_relative_to(self._root):
+                _sync(str(source))
+                os.link(source, path)
+                return
+            with self._partial(path) as partial:
+                self._fs.put_file(str(source), partial)
+                _sync(partial)
                 os.link(partial, path)
 
     def _create(self, path: str, data: bytes) -> None:
@@ -318,26 +354,50 @@ class FsspecStore:
 
     def versions(self) -> list[int]:
         """See `WeightStore.versions`."""
-        self._fs.invalidate_cache()
-        found = self._fs.glob(posixpath.join(self._root, "v*", MANIFEST))
-        return _numbers(posixpath.dirname(str(path)) for path in found)
+        return [version for version in self.numbers() if self._has_manifest(version)]
+
+    def _has_manifest(self, version: int) -> bool:
+        with self._listed():
+            try:
+                # Neither `exists` nor `glob`: both take a store that is away for one that has nothing.
+                self._fs.info(self._path(version, MANIFEST))
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+        return True
 
     def numbers(self) -> list[int]:
         """See `WeightStore.numbers`."""
-        self._fs.invalidate_cache()
-        try:
-            found = self._fs.ls(self._root, detail=False)
-        except FileNotFoundError:
-            return []
+        with self._listed():
+            self._fs.invalidate_cache()
+            try:
+                found = self._fs.ls(self._root, detail=False)
+            except FileNotFoundError:  # nothing was published yet
+                return []
         return _numbers(str(path).rstrip("/") for path in found)
+
+    def _listed(self) -> contextlib.AbstractContextManager[None]:
+        remedy = "see that this machine reaches the store and may list it"
+        return self._named(f"run {self._run} cannot be listed ({remedy})")
 
     def delete(self, version: int) -> None:
         """See `WeightStore.delete`."""
-        with self._named(version):
-            if self._fs.exists(self._path(version, MANIFEST)):
+        with self._named(f"version {version}"):
+            with contextlib.suppress(FileNotFoundError):
                 self._fs.rm_file(self._path(version, MANIFEST))
-            if self._fs.exists(self._path(version)):
+            with contextlib.suppress(FileNotFoundError):
                 self._fs.rm(self._path(version), recursive=True)
+
+
+class _Moved(Callback):  # type: ignore[misc]  # fsspec has no types
+    """Passes on that bytes have got there."""
+
+    def __init__(self, moved: Callable[[], None]) -> None:
+        super().__init__()
+        self._moved = moved
+
+    def call(self, *args: object, **kwargs: object) -> None:
+        """Called by fsspec after each part."""
+        self._moved()
 
 
 def _numbers(paths: Iterable[str]) -> list[int]:

@@ -11,6 +11,8 @@ VARIABLE = "SPOKE_STORE_TOKEN"
 
 SHORTEST = 16
 """Characters of a token: fewer can be guessed."""
+_USER = re.compile(r"://[^/?#]*@")
+_PASSWORD = re.compile(r"://[^/?#@]*:[^/?#]*@")
 _TOKEN = re.compile(r"[A-Za-z0-9\-._~+/]+=*")  # RFC 6750's b64token
 
 
@@ -24,17 +26,34 @@ def is_http(url: str) -> bool:
 
 
 def shown(url: str) -> str:
-    """A store's URL without user, password and query.
+    """A store's URL without user, password and query, as it is printed and saved.
 
     >>> shown("sftp://me:secret@host/store?key=x"), shown("/store")
     ('sftp://host/store', '/store')
+    >>> shown("simplecache::sftp://me:secret@host/store"), shown("http://[::1]:8100/a")
+    ('simplecache::sftp://host/store', 'http://[::1]:8100/a')
     """
     if "://" not in url:
         return url
-    scheme, _, rest = url.partition("://")
-    place = rest.partition("?")[0].partition("#")[0]
-    host, slash, path = place.partition("/")
-    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+    return _USER.sub("://", url.partition("?")[0].partition("#")[0])
+
+
+def check_announced(url: str, remedy: str) -> str:
+    """A store's URL, as it may stand in a run's head, which everybody reads who reaches Redis.
+
+    Args:
+        url: of the store.
+        remedy: how to announce another one.
+
+    Raises:
+        ConfigError: it carries a password.
+    """
+    if _PASSWORD.search(url):
+        raise ConfigError(
+            f"weight store {shown(url)!r}: its password would go to Redis and to every server; {remedy}, and "
+            "give the servers theirs by their --store or in their environment"
+        )
+    return url
 
 
 def check_http(url: str) -> str:

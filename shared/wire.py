@@ -360,8 +360,18 @@ class Usage(WireModel):
     given_tokens: int = Field(
         default=0, description="In nodes that the request gave, which were not sampled again."
     )
+    discarded_tokens: int = Field(
+        default=0,
+        description="Sampled for this tree and in none of its nodes: before it was begun anew with other weights, "
+        "as far as this server knows of it, and in given nodes of weights that it cannot be of.",
+    )
     computed_prefill_tokens: int
     cached_tokens: int
+
+    @property
+    def spent_tokens(self) -> int:
+        """All that was sampled for the tree, at whichever server: what a budget counts."""
+        return self.sampled_tokens + self.given_tokens + self.discarded_tokens
 
 
 class WeightVersions(WireModel):

@@ -191,9 +191,15 @@ def _add_push(parse: argparse.ArgumentParser) -> None:
     parse.add_argument("model", metavar="MODEL_DIR", help="checkpoint in Hugging Face format")
     _add_redis(parse)
     parse.add_argument("--run", required=True)
+    parse.add_argument("--store", required=True, help="weight store to write to, any fsspec URL")
     parse.add_argument(
-        "--store", required=True, help="weight store, any fsspec URL that the servers reach"
-    )
+        "--advertise-store", metavar="URL", default=None,
+        help="its URL as servers reach it, such as that of `spoke store`; default: the same",
+    )  # fmt: skip
+    parse.add_argument(
+        "--keep-versions", type=int, default=3, metavar="N",
+        help="newest versions that stay in the store whatever the servers hold (default: 3)",
+    )  # fmt: skip
     parse.add_argument("--dtype", choices=["auto", "float32", "bfloat16"], default="auto")
     parse.add_argument(
         "--wait", type=float, default=300.0, help="bound of the wait for the fleet, seconds"

@@ -5,6 +5,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console, Group
+from rich.filesize import decimal
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -98,6 +99,9 @@ class Display:
             f"clipped {percent(values['clip_fraction'])}  mismatch {values['mismatch']:.1e}  "
             f"version {values['version']}"
         )
+        if published := values.get("published"):
+            size = sum(version["delta_bytes"] or version["stored_bytes"] for version in published)
+            self._line += f"  weights {decimal(size)}"
         if stale := values.get("staleness", {}).get("mean"):
             self._line += f"  staleness {stale:.2f}"
         if self.console.is_terminal:
@@ -112,11 +116,17 @@ class Display:
         """See `Reporter.measured`."""
         sampled = measurement.sampled
         greedy = f", greedy {percent(measurement.greedy.mean)}" if measurement.greedy else ""
+        lost = f", {_lost(measurement)} more without an answer" if _lost(measurement) else ""
         self.say(
             f"held-out accuracy {label} (step {measurement.step}, version {sampled.version}): "
             f"pass@1 {percent(sampled.mean)} ± {100 * sampled.standard_error:.1f}{greedy}  "
-            f"[{sampled.questions} questions x {sampled.samples}, {sampled.seconds:.1f} s]"
+            f"[{sampled.questions} questions x {sampled.samples}{lost}, {sampled.seconds:.1f} s]"
         )
+
+
+def _lost(measurement: Measurement) -> int:
+    """Questions that were not answered, sampled and greedy together."""
+    return measurement.sampled.lost + (measurement.greedy.lost if measurement.greedy else 0)
 
 
 def summary_tables(summary: Summary, elapsed_s: float) -> Group:
@@ -127,7 +137,8 @@ def summary_tables(summary: Summary, elapsed_s: float) -> Group:
     for measurement in summary.measurements:
         sampled = measurement.sampled
         accuracy.add_row(
-            f"after {measurement.step} steps",
+            f"after {measurement.step} steps"
+            + (f" ({_lost(measurement)} without an answer)" if _lost(measurement) else ""),
             f"{percent(sampled.mean)} ± {100 * sampled.standard_error:.1f}",
             percent(measurement.greedy.mean) if measurement.greedy else "",
             f"{sampled.mean_tokens:.0f}",

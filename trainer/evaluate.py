@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from shared.errors import RequestError
+from shared.errors import NoTreeError, RequestError
 from shared.tree import FinishReason
 from shared.wire import GroupPlan, RolloutTreeRequest, RolloutTreeResponse
 from trainer.data import Question
@@ -20,6 +20,7 @@ class Accuracy:
     """Mean reward of whole responses."""
 
     questions: int
+    """That were answered: all below is of these."""
     samples: int
     """Responses of each question."""
     mean: float
@@ -33,10 +34,12 @@ class Accuracy:
     seconds: float
     version: int
     """Lowest weight version that answered."""
+    lost: int = 0
+    """Questions that no server answered in time, although enough were alive."""
 
 
-def summarise(answers: Sequence[RolloutTreeResponse], seconds: float) -> Accuracy:
-    """Accuracy over group plans, one a question."""
+def summarise(answers: Sequence[RolloutTreeResponse], seconds: float, *, lost: int = 0) -> Accuracy:
+    """Accuracy over group plans, one a question; `lost` further questions have none."""
     rewards = [[leaf.reward or 0.0 for leaf in answer.leaves()] for answer in answers]
     leaves = [leaf for answer in answers for leaf in answer.leaves()]
     means = [sum(group) / len(group) for group in rewards]
@@ -53,6 +56,7 @@ def summarise(answers: Sequence[RolloutTreeResponse], seconds: float) -> Accurac
         sampled_tokens=sampled,
         seconds=seconds,
         version=min(answer.weight_versions.min for answer in answers),
+        lost=lost,
     )
 
 
@@ -69,7 +73,7 @@ async def evaluate(
     seed: int = 0,
     min_weight_version: int = 0,
 ) -> Accuracy:
-    """Sample `samples` responses to every question and grade them.
+    """Sample `samples` responses to every question and grade them; a question that no server answers is counted.
 
     Args:
         fleet: answers.
@@ -84,7 +88,8 @@ async def evaluate(
         min_weight_version: lowest version that may answer.
 
     Raises:
-        RequestError, FleetError: see `Fleet.rollout_tree`.
+        RequestError: the servers refuse a question.
+        FleetError: too few servers are alive, or not one question was answered.
     """
     started = time.monotonic()
     requests = [
@@ -102,9 +107,12 @@ async def evaluate(
         for question in questions
     ]
     answers: dict[int, RolloutTreeResponse] = {}
-    await ask_all(fleet, requests, on_answer=answers.__setitem__)
-    in_order = [answers[place] for place in range(len(requests))]
-    return summarise(in_order, time.monotonic() - started)
+    lost: dict[int, NoTreeError] = {}
+    await ask_all(fleet, requests, on_answer=answers.__setitem__, on_lost=lost.__setitem__)
+    if not answers:
+        raise next(iter(lost.values()))
+    in_order = [answers[place] for place in sorted(answers)]
+    return summarise(in_order, time.monotonic() - started, lost=len(lost))
 
 
 async def ask_all(
@@ -112,6 +120,7 @@ async def ask_all(
     requests: Sequence[RolloutTreeRequest],
     *,
     on_answer: Callable[[int, RolloutTreeResponse], None],
+    on_lost: Callable[[int, NoTreeError], None],
     on_refusal: Callable[[int, RequestError], None] | None = None,
 ) -> None:
     """Send every request; keep no answer, since those of long responses would fill the memory.
@@ -120,11 +129,12 @@ async def ask_all(
         fleet: answers.
         requests: one a question.
         on_answer: called with a request's place and its answer, as they come.
+        on_lost: called where no server gave an answer in time, although enough were alive; the others go on.
         on_refusal: called where the servers refuse a request, and the others go on; None raises it.
 
     Raises:
         RequestError: a refusal, without `on_refusal`.
-        FleetError: no server gave an answer in time. The first failure ends every other request.
+        FleetError: too few servers are alive. The first failure ends every other request.
     """
 
     async def ask(place: int, request: RolloutTreeRequest) -> None:
@@ -134,6 +144,8 @@ async def ask_all(
             if on_refusal is None:
                 raise
             on_refusal(place, error)
+        except NoTreeError as error:
+            on_lost(place, error)
         else:
             on_answer(place, answer)
 

@@ -39,6 +39,14 @@ class Refused:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Lost:
+    """A question that no server answered in time, although some were ready."""
+
+    question_id: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EvalSummary:
     """What an evaluation found; `asdict` of it is `summary.json`."""
 
@@ -47,6 +55,7 @@ class EvalSummary:
     questions: int
     """Answered, and counted below."""
     refused: list[Refused]
+    lost: list[Lost]
     mean_reward: Estimate
     pass_at: dict[int, Estimate]
     """By k; see `estimators.pass_at_k`."""
@@ -89,6 +98,7 @@ def summarise_samples(
     ks: Sequence[int],
     votes: bool,
     refused: Sequence[Refused] = (),
+    lost: Sequence[Lost] = (),
     before: tuple[int, int] | None = None,
     seconds: float = 0.0,
 ) -> EvalSummary:
@@ -100,6 +110,7 @@ def summarise_samples(
         ks: of pass@k and majority@k, each at most `settings.samples`.
         votes: whether the reward's answers are known.
         refused: questions left out.
+        lost: likewise.
         before: versions of the samples that were there before.
         seconds: of the command.
     """
@@ -116,6 +127,7 @@ def summarise_samples(
         settings=settings.model_dump(),
         questions=len(groups),
         refused=list(refused),
+        lost=list(lost),
         mean_reward=estimate([sum(group) / n for group in rewards]),
         pass_at={k: estimate([pass_at_k(n, c, k) for c in right]) for k in ks},
         majority_at=majority if votes else None,
@@ -224,5 +236,11 @@ def _warnings(summary: EvalSummary) -> list[str]:
         lines.append(
             f"{len(summary.refused)} questions were refused and are left out; the first, question "
             f"{first.question_id}: {first.field}: {first.detail}"
+        )
+    if summary.lost:
+        gone = summary.lost[0]
+        lines.append(
+            f"{len(summary.lost)} questions were not answered in time and are left out; --resume asks them again; "
+            f"the first, question {gone.question_id}: {gone.detail}"
         )
     return lines

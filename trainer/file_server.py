@@ -1,7 +1,7 @@
 """The trainer's file server: a store's folder over HTTP, for servers that share neither disk nor bucket with it.
 
     GET, HEAD /{run}/v000042/NAME      a regular file of a version, Range and all
-    GET /metrics                       bytes sent, by run and version (Prometheus)
+    GET /metrics                       bytes sent, by run and kind of file (Prometheus)
     GET /livez                         without a token
 
 A process of its own: the trainer's computing must not slow it, nor it the trainer.
@@ -27,7 +27,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from shared.manifest import RUN_NAME
-from shared.store import version_of
+from shared.store import MANIFEST, version_of
 
 log = logging.getLogger("spoke.store")
 
@@ -86,7 +86,7 @@ class _Served:
         self._sent = Counter(
             "store_sent_bytes",
             "Bytes of files handed to connections.",
-            ["run", "version"],
+            ["run", "kind"],  # not by version: those never end
             namespace="spoke",
             registry=self._registry,
         )
@@ -110,8 +110,14 @@ class _Served:
         if not (found.is_relative_to(self._root) and stat.S_ISREG(status.st_mode)):
             raise HTTPException(404)
         response = _Pieces(found, media_type="application/octet-stream", stat_result=status)
-        count = self._sent.labels(run, str(version)).inc
+        count = self._sent.labels(run, _kind(name)).inc
         return _Counted(response, count)
+
+
+def _kind(name: str) -> str:
+    if name == MANIFEST:
+        return "manifest"
+    return "delta" if name.startswith("delta-") else "full"
 
 
 class _Counted(Response):

@@ -12,7 +12,9 @@ from shared.errors import CoordinationError, FleetError, NoTreeError
 from shared.fleet import Head, ServerRecord
 from shared.wire import RolloutTreeRequest, RolloutTreeResponse
 from trainer.client import AsyncClient, ListServers, Target, fixed
-from trainer.patience import Patience
+from trainer.patience import MOST_PAUSED, Patience
+from trainer.roll_call import not_serving
+from trainer.watch import Watch
 
 __all__ = [
     "Fleet", "ListServers", "Target", "fixed", "registered", "wait_for_head", "wait_for_servers",
@@ -75,35 +77,62 @@ class Fleet:
             keep_nodes=keep_nodes,
         )
         self._patience = patience
+        self._watch = None if patience is None else Watch(patience)
 
     async def close(self) -> None:
         """Close the connections."""
+        if self._watch is not None:
+            await self._watch.close()
         await self._client.close()
 
     async def rollout_tree(self, request: RolloutTreeRequest) -> RolloutTreeResponse:
         """One tree from whichever server has least to do, tried again elsewhere until the bound.
 
-        With patience, a tree that was not given is asked for once more, by the same id; where too few servers are
-        alive, once they are back, as often as that happens within the bound of a pause.
+        With patience, a tree that was not given is asked for once more, by the same id; after a pause, as often as
+        there is one, until the pauses together took too long: the tree may be what the servers die of. While Redis
+        is away it is asked for at the servers known so far, and then once Redis is back.
 
         Raises:
             RequestError: the request itself is refused.
             ConfigError: a server does not take the token in SPOKE_TOKEN.
-            NoTreeError: no server gave the tree within the bound; with patience, enough were alive.
-            FleetError: too few servers were alive for longer than a pause may take.
+            NoTreeError: no server gave the tree within the bound, although enough were alive.
+            FleetError: too few servers were alive, with patience for longer than a pause may take.
+            CoordinationError: Redis refused, or was away for longer than that.
         """
-        tries = 0
-        begun = time.monotonic()
+        if self._patience is None or self._watch is None:
+            answer = await self._ask(request)
+            if isinstance(answer, NoTreeError) and not await self._client.ready():
+                raise FleetError(str(answer))
+        else:
+            answer = await self._ask_patiently(request, self._patience, self._watch)
+        if isinstance(answer, NoTreeError):
+            raise answer
+        return answer
+
+    async def _ask_patiently(
+        self, request: RolloutTreeRequest, patience: Patience, watch: Watch
+    ) -> RolloutTreeResponse | NoTreeError:
+        failures, paused_s = 0, watch.paused_s
         while True:
-            try:
-                return await self._client.rollout_tree(request)
-            except FleetError as error:
-                if self._patience is None:
-                    raise NoTreeError(str(error)) from None
-                paused = await self._patience.enough()
-                tries += not paused
-                if tries > 1 or time.monotonic() - begun > self._patience.pause_s:
-                    raise NoTreeError(str(error)) from None
+            pauses = watch.pauses
+            answer = await watch.during(self._ask(request))
+            if not isinstance(answer, NoTreeError):
+                return answer
+            away = await watch.look() is None
+            if (
+                away and failures
+            ):  # where it was known to be, nobody gave it: perhaps others are there by now
+                await patience.enough()
+            else:
+                failures += watch.pauses == pauses
+            if failures > 1 or watch.paused_s - paused_s > MOST_PAUSED * patience.pause_s:
+                return answer
+
+    async def _ask(self, request: RolloutTreeRequest) -> RolloutTreeResponse | NoTreeError:
+        try:
+            return await self._client.rollout_tree(request)
+        except FleetError as error:
+            return NoTreeError(str(error))
 
 
 async def wait_for_servers(
@@ -116,12 +145,13 @@ async def wait_for_servers(
     """
     deadline = time.monotonic() + timeout_s
     while True:
-        records = [r for r in await coordinator.servers() if r.state.serves]
+        alive = await coordinator.servers()
+        records = [r for r in alive if r.state.serves]
         if len(records) >= count:
             return records
         if time.monotonic() > deadline:
             raise FleetError(
-                f"{len(records)} of {count} servers are ready after {timeout_s:.0f} s; start "
+                f"{len(records)} of {count} servers are ready{not_serving(alive)} after {timeout_s:.0f} s; start "
                 "`python -m server --redis-url … --run …` with the same run, or lower fleet.min_servers"
             )
         await asyncio.sleep(0.1)

@@ -21,9 +21,12 @@ from shared import coordination
 from shared.coordination import Coordinator, Leases
 from shared.errors import CoordinationError, LeaseError, LeaseHeldError, WeightsError
 from shared.fleet import Head
+from trainer.storing import asked
 
 POLL_S = 0.1
 RETRY_S = 1.0
+STORED_S = 30.0
+"""Longest wait for the store's list of versions."""
 
 
 class RunCoordinator(Leases, Coordinator, Protocol):
@@ -167,10 +170,11 @@ class Lease:
     async def _known(self) -> tuple[set[int], Head | None]:
         """(versions that are announced or stored, the head)."""
         head = await self._coordinator.head()
+        place = f"the weight store of run {self._run!r}"
         try:
-            stored = await asyncio.to_thread(self._stored)
+            stored = await asked(place, STORED_S, self._stored)
         except OSError as error:
-            raise WeightsError(f"the weight store of run {self._run!r}: {error}") from error
+            raise WeightsError(f"{place}: {error}") from error
         return {*stored, *([head.version] if head else [])}, head
 
     async def _take_again(self) -> None:

@@ -2,14 +2,21 @@
 
     asked = trained + sum of dropped + in flight
 
-A tree is one question of one step; attempts at several servers are one tree.
+A tree is one question of one step; attempts at several servers are one tree. It is on disk before it is sent: what
+was in flight when a run was killed is counted once it is resumed.
 """
 
+import json
+import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from typing import Any, Self
+
+FILE = "ledger.json"
+"""In a run's folder: `Ledger.as_json`, up to date."""
 
 
 class Dropped(StrEnum):
@@ -30,12 +37,11 @@ class Dropped(StrEnum):
 
 @dataclass(slots=True, kw_only=True)
 class Ledger:
-    """Counts of a whole run, over resumptions.
+    """Counts of a whole run, over resumptions. Calls that change it return once the change is on disk.
 
     >>> ledger = Ledger()
-    >>> ledger.asked += 3
-    >>> ledger.trained += 1
-    >>> ledger.drop(Dropped.TOO_OLD)
+    >>> ledger.ask(3)
+    >>> ledger.settle(1, {Dropped.TOO_OLD: 1})
     >>> ledger.in_flight
     1
     """
@@ -43,22 +49,41 @@ class Ledger:
     asked: int = 0
     trained: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    path: Path | None = None
+    """File that has the same; None for none."""
 
     @property
     def in_flight(self) -> int:
         """Trees that were asked for and of which nothing has become yet."""
         return self.asked - self.trained - self.dropped.total()
 
+    def ask(self, count: int) -> None:
+        """Count trees that are about to be asked for."""
+        if count:
+            self.asked += count
+            self._write()
+
     def settle(self, trained: int, dropped: Mapping[str, int]) -> None:
         """Count what became of a step's trees."""
         self.trained += trained
-        for reason, count in dropped.items():
-            self.drop(reason, count)
+        self.dropped.update({str(reason): count for reason, count in dropped.items() if count})
+        self._write()
 
-    def drop(self, reason: str, count: int = 1) -> None:
-        """Count trees that will not train."""
-        if count:
-            self.dropped[str(reason)] += count
+    def end(self, reason: Dropped) -> None:
+        """Nothing will become of the trees that are in flight."""
+        if self.in_flight:
+            self.settle(0, {reason: self.in_flight})
+
+    def _write(self) -> None:
+        """Whole or not at all, by rename."""
+        if self.path is None:
+            return
+        partial = self.path.with_name(self.path.name + ".partial")
+        with partial.open("w") as stream:
+            json.dump(self.as_json(), stream)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, self.path)
 
     def as_json(self) -> dict[str, Any]:
         """What `resumed` reads."""
@@ -70,12 +95,15 @@ class Ledger:
         }
 
     @classmethod
-    def resumed(cls, checkpoint: dict[str, Any], newest: dict[str, Any]) -> Self:
+    def resumed(
+        cls, checkpoint: dict[str, Any], newest: dict[str, Any], path: Path | None = None
+    ) -> Self:
         """The ledger of a run that goes on from a checkpoint.
 
         Args:
             checkpoint: `as_json` of that moment.
             newest: the last that the run wrote, at the checkpoint or after it.
+            path: see the class.
 
         >>> before = {"asked": 8, "trained": 4, "in_flight": 4, "dropped": {}}
         >>> after = {"asked": 12, "trained": 7, "in_flight": 4, "dropped": {"too old": 1}}
@@ -85,13 +113,27 @@ class Ledger:
         >>> sorted(ledger.dropped.items())
         [('in flight when the run stopped', 4), ('too old', 1), ('trained after the checkpoint', 3)]
         """
-        if not newest:
-            return cls()
-        ledger = cls(
-            asked=newest["asked"],
-            trained=checkpoint.get("trained", 0),
-            dropped=Counter(newest["dropped"]),
+        trained = checkpoint.get("trained", 0)
+        dropped = Counter(newest.get("dropped", {}))
+        dropped[str(Dropped.UNDONE)] += newest.get("trained", 0) - trained
+        dropped[str(Dropped.STOPPED)] += newest.get("in_flight", 0)
+        return cls(
+            asked=newest.get("asked", 0),
+            trained=trained,
+            dropped=+dropped,  # without zeros
+            path=path,
         )
-        ledger.drop(Dropped.UNDONE, newest["trained"] - ledger.trained)
-        ledger.drop(Dropped.STOPPED, newest["in_flight"])
-        return ledger
+
+    @classmethod
+    def of_run(cls, folder: Path, checkpoint: dict[str, Any] | None) -> Self:
+        """The ledger of a run in a folder, from its start or from a checkpoint.
+
+        Args:
+            folder: of the run; its file is not touched before the first change.
+            checkpoint: `as_json` of that moment; None begins the run.
+        """
+        path = folder / FILE
+        if checkpoint is None:
+            return cls(path=path)
+        newest = json.loads(path.read_text()) if path.exists() else checkpoint
+        return cls.resumed(checkpoint, newest, path)

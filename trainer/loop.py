@@ -21,6 +21,7 @@ from trainer import checkpoints, metrics
 from trainer.algorithms import Segment
 from trainer.checkpoints import Progress
 from trainer.config import TrainSettings
+from trainer.ledger import Dropped
 from trainer.measuring import Measuring
 from trainer.packing import optimizer_batches
 from trainer.pipeline import Pipeline
@@ -33,7 +34,7 @@ from trainer.rollouts import segments_of
 from trainer.update import Learner, UpdateReport
 
 NOT_TRAINING = frozenset({"measure", "checkpoint"})
-"""Phases that no budget counts."""
+"""Phases that no budget counts: no tree of training is in flight in any of them."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -60,6 +61,7 @@ class Trainer:
         total = self.settings.trainer.steps
         await self.publish(self.pipeline.first_version, wait=True)
         await self.measure("before")
+        unused = Dropped.STOPPED
         try:
             for step in range(self.progress.step, total):
                 if self.share >= 1:
@@ -69,8 +71,9 @@ class Trainer:
                 self.log.write(step + 1, values)
                 self.reporter.step(step + 1, total, values)
                 await self.finish_step(step + 1, before)
+            unused = Dropped.UNUSED
         finally:
-            await self.pipeline.close()
+            await self.pipeline.close(unused)
         await self.measure("after")
         return self.summary
 
@@ -83,6 +86,11 @@ class Trainer:
             progress.sampled_tokens / (settings.budget_tokens or math.inf),
             progress.seconds / (settings.budget_seconds or math.inf),
         )
+
+    @property
+    def seconds(self) -> float:
+        """Spent on training so far."""
+        return self.earlier_seconds + self.summary.seconds_of_training(NOT_TRAINING)
 
     async def step(self, step: int) -> dict[str, Any]:
         """One iteration; returns its metrics."""
@@ -107,7 +115,7 @@ class Trainer:
             self.progress,
             step=step + 1,
             sampled_tokens=self.progress.sampled_tokens + sampled["tokens"]["sampled"],
-            seconds=self.earlier_seconds + self.summary.seconds_of_training(NOT_TRAINING),
+            seconds=self.seconds,
         )
         if self.share < 1:
             self.pipeline.admit(step + 1)
@@ -122,6 +130,7 @@ class Trainer:
             **trained,
             "replaced_trees": len(rollout.without_signal),
             "dropped_trees": rollout.dropped,
+            "request_ids": [tree.request_id for tree in rollout.trees],
             "ledger": trees,
             "version": self.progress.version,
             "sampled_tokens_total": self.progress.sampled_tokens,
@@ -182,21 +191,25 @@ class Trainer:
                 holders = await self.to.patience.followed(head)
             if self.publication is not None:
                 self.publication.held = version
-            await self.followed(head, holders)
+            self.followed(head, holders)
 
-    async def followed(self, head: Head, holders: Sequence[ServerRecord]) -> None:
+    def followed(self, head: Head, holders: Sequence[ServerRecord]) -> None:
         """A version is held by the fleet: note who holds it, and let go of what nobody needs."""
         for record in holders:
             self.summary.versions[record.server_id] = record.version
-        await self.to.publisher.collect(head.version)
+        self.to.publisher.collect_soon(head.version)
 
     async def finish_step(self, done: int, share_before: float) -> None:
         """Checkpoint and measure where it is time to."""
         settings = self.settings
         last = done == settings.trainer.steps or self.share >= 1
         every = settings.trainer.checkpoint_every
+        if last:
+            await self.pipeline.close(Dropped.UNUSED)
         if last or (every and done % every == 0):
-            with self.summary.phase("checkpoint"):
+            # Where trees grow meanwhile, training goes on.
+            beside = "checkpoint" if self.pipeline.idle else "checkpoint beside rollouts"
+            with self.summary.phase(beside):
                 await asyncio.to_thread(
                     checkpoints.save,
                     self.summary.folder,
@@ -211,13 +224,23 @@ class Trainer:
             await self.measure("during")
 
     async def measure(self, label: str) -> None:
-        """Held-out accuracy of the policy as it stands; trees of later steps go on meanwhile."""
-        during = label == "during"
+        """Held-out accuracy of the policy as it stands, once its version is held and no tree is in flight.
+
+        Both waits are training. Trees that grew on while nobody counts seconds would make training ahead of itself
+        look quicker than it is, and take the servers from the measurement.
+        """
+        during, progress = label == "during", self.progress
+        if self.publication is not None and label != "before":
+            self.reporter.status("waiting for the fleet, before a measurement")
+            with self.summary.phase("wait for fleet"):
+                await self.publication.settled()
+            # As in synchronous training, where a step ends once its version is held.
+            progress = replace(progress, seconds=self.seconds)
+            with self.summary.phase("rollout"):
+                await self.pipeline.quiet()
         count = len(self.measuring.questions(during=during))
         self.reporter.status(f"measuring {count} held-out questions")
         with self.summary.phase("measure"):
-            if self.publication is not None:
-                await self.publication.settled()
-            measurement = await self.measuring.measure(self.progress, during=during)
+            measurement = await self.measuring.measure(progress, during=during)
         self.summary.measurements.append(measurement)
         self.reporter.measured(label, measurement)

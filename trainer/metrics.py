@@ -26,7 +26,9 @@ class MetricsLog:
     def __init__(self, folder: Path) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._stream = (folder / "metrics.jsonl").open("a", buffering=1)
+        path = folder / "metrics.jsonl"
+        _end_at_a_whole_line(path)
+        self._stream = path.open("a", buffering=1)
         self._board: Any = SummaryWriter(str(folder / "tensorboard"))
 
     def __enter__(self) -> Self:
@@ -48,17 +50,11 @@ class MetricsLog:
             self._board.add_scalar(name, number, step)
 
 
-def last_line(folder: Path) -> dict[str, Any]:
-    """The newest whole line of a run's metrics; empty where there is none. A killed run may leave half a line."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    for line in reversed(lines):
-        try:
-            found: dict[str, Any] = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        return found
-    return {}
+def _end_at_a_whole_line(path: Path) -> None:
+    """Cut off the half line that a killed run may have left: the next line would be lost with it."""
+    if path.exists():
+        with path.open("r+b") as stream:
+            stream.truncate(stream.read().rfind(b"\n") + 1)
 
 
 def _finite(value: Any) -> Any:  # noqa: ANN401  # any JSON value
@@ -108,7 +104,10 @@ def of_trees(trees: Sequence[RolloutTreeResponse]) -> dict[str, Any]:
         "reward_errors": sum(leaf.reward_error is not None for leaf in leaves),
         "tokens": {
             "prompt": sum(tree.usage.prompt_tokens for tree in trees),
-            "sampled": sum(tree.usage.sampled_tokens for tree in trees),
+            # At every server that had a part in it: trees move, and are begun anew.
+            "sampled": sum(tree.usage.spent_tokens for tree in trees),
+            "given": sum(tree.usage.given_tokens for tree in trees),
+            "discarded": sum(tree.usage.discarded_tokens for tree in trees),
             "prefilled": sum(tree.usage.computed_prefill_tokens for tree in trees),
             "cached": sum(tree.usage.cached_tokens for tree in trees),
         },

@@ -81,14 +81,27 @@ class Pipeline:
             )
         return rollout
 
-    async def close(self) -> None:
-        """Give up the trees that are in flight, and count them."""
+    @property
+    def idle(self) -> bool:
+        """Is no tree in flight?"""
+        return all(task.done() for task in self._running.values())
+
+    async def quiet(self) -> None:
+        """Wait until no tree is in flight. What went wrong with them is raised where they are taken."""
+        if self._running:
+            await asyncio.wait(self._running.values())
+
+    async def close(self, reason: Dropped) -> None:
+        """Give up the trees that are in flight, and count them.
+
+        Args:
+            reason: why nothing becomes of them.
+        """
         for task in self._running.values():
             task.cancel()
         await asyncio.gather(*self._running.values(), return_exceptions=True)
         self._running.clear()
-        ledger = self.sampling.ledger
-        ledger.drop(Dropped.UNUSED, ledger.in_flight)
+        self.sampling.ledger.end(reason)
 
     async def _rollout(self, step: int) -> Rollout:
         assert self.publication is not None
@@ -97,4 +110,4 @@ class Pipeline:
         return await self.sampling.step(step, lowest)
 
     def _ask(self) -> None:
-        self.sampling.ledger.asked += self.sampling.settings.rollout.questions
+        self.sampling.ledger.ask(self.sampling.settings.rollout.questions)

@@ -12,6 +12,7 @@ from shared.errors import ConfigError
 from shared.store import FsspecStore
 from trainer import checkpoints
 from trainer.algorithms import AlgorithmName
+from trainer.broadcasting import broadcasting
 from trainer.checkpoints import Progress
 from trainer.config import TrainSettings
 from trainer.critic import Critic, load_critic
@@ -20,7 +21,6 @@ from trainer.fleet import Fleet, registered
 from trainer.lease import hold
 from trainer.ledger import Ledger
 from trainer.losses import OffPolicy
-from trainer.metrics import last_line
 from trainer.optimizer import PolicyOptimizer
 from trainer.patience import Patience
 from trainer.policy import DTYPES, load_policy, recompute_activations
@@ -124,18 +124,17 @@ def begin(settings: TrainSettings, folder: Path, *, resume: bool) -> Start:
     checkpoint = checkpoints.newest(folder) if resume else None
     questions, heldout = questions_of(settings)
     learner, replay = build_learner(settings, checkpoint), replay_of(settings)
-    progress, ledger = Progress(step=0, version=0, sampled_tokens=0), Ledger()
+    progress, trees = Progress(step=0, version=0, sampled_tokens=0), None
     if checkpoint is not None:
         progress = checkpoints.restore(checkpoint, learner, replay)
-        written = last_line(folder).get("ledger", progress.trees)
-        ledger = Ledger.resumed(progress.trees, written)
+        trees = progress.trees
     return Start(
         questions=questions,
         heldout=heldout,
         learner=learner,
         replay=replay,
         progress=progress,
-        ledger=ledger,
+        ledger=Ledger.of_run(folder, trees),
     )
 
 
@@ -201,6 +200,9 @@ async def connect(
             patience=patience,
         )
         stack.push_async_callback(fleet.close)
+        broadcasts = await stack.enter_async_context(
+            broadcasting(settings, coordinator.servers, say)
+        )
         publisher = Publisher(
             store=store,
             store_url=store_url,
@@ -214,10 +216,12 @@ async def connect(
             max_staleness=fleet_settings.max_staleness + 1,
             wait_s=fleet_settings.pause_s,
             status=say,
+            broadcasts=broadcasts,
         )
         yield Connections(
             coordinator=coordinator, publisher=publisher, patience=patience, fleet=fleet
         )
+        await publisher.close()  # not after an error: whoever is interrupted waits for nothing
 
 
 def once(say: Callable[[str], None]) -> Callable[[str], None]:

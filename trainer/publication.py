@@ -6,7 +6,7 @@ whoever waits for a version next, so that it never passes unseen.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
@@ -14,7 +14,7 @@ from shared.fleet import Head, ServerRecord
 from trainer.patience import Patience
 from trainer.publish import Publisher
 
-Followed = Callable[[Head, list[ServerRecord]], Awaitable[None]]
+Followed = Callable[[Head, list[ServerRecord]], None]
 
 LEAST_GRACE_S = 0.5
 
@@ -30,9 +30,8 @@ class Publication:
     def __init__(self, publisher: Publisher, patience: Patience) -> None:
         self._publisher = publisher
         self._patience = patience
-        self._newest: asyncio.Task[None] | None = None
-        self._started = -1
-        self._changed = asyncio.Event()
+        self._links: dict[int, asyncio.Task[None]] = {}
+        """By version, those that are not held; each waits for the one before it."""
         self.held = -1
         """Newest version that at least `min_servers` hold."""
         self.followed: Followed | None = None
@@ -46,8 +45,8 @@ class Publication:
             tensors: copies, which nobody changes.
             snapshot_s: what the copies took.
         """
-        self._started = version
-        self._newest = asyncio.create_task(self._one(self._newest, version, tensors, snapshot_s))
+        before = self._links[max(self._links)] if self._links else None
+        self._links[version] = asyncio.create_task(self._link(before, version, tensors, snapshot_s))
 
     async def holds(self, version: int) -> None:
         """Wait until at least `min_servers` hold a version, or a later one.
@@ -55,31 +54,25 @@ class Publication:
         Raises:
             SpokeError: it cannot be published, or the servers do not follow; see `Patience.followed`.
         """
-        while self.held < version:
-            assert self._newest is not None, "no version was started"
-            assert self._started >= version, "it would be waited for without an end"
-            self._changed.clear()
-            waiting = asyncio.create_task(self._changed.wait())
-            await asyncio.wait({waiting, self._newest}, return_when=asyncio.FIRST_COMPLETED)
-            waiting.cancel()
-            if self._newest.done():
-                await self._newest  # raises what went wrong
+        if self.held < version:
+            assert version in self._links, "it would be waited for without an end"
+            link = self._links[version]
+            await asyncio.wait({link})  # which a waiter that is cancelled leaves alone
+            link.result()  # raises what went wrong
 
     async def settled(self) -> None:
         """Wait until the newest version is held; raises as `holds` does."""
-        if self._newest is not None:
-            await asyncio.wait({self._newest})
-            await self._newest
+        if self._links:
+            await self.holds(max(self._links))
 
     async def close(self) -> None:
         """Give up what is on its way."""
-        if self._newest is not None:
-            self._newest.cancel()
-            await asyncio.wait({self._newest})
-            if not self._newest.cancelled():
-                self._newest.exception()  # known already, or too late to matter
+        links = list(self._links.values())
+        for link in links:
+            link.cancel()
+        await asyncio.gather(*links, return_exceptions=True)  # known already, or too late to matter
 
-    async def _one(
+    async def _link(
         self,
         before: asyncio.Task[None] | None,
         version: int,
@@ -94,6 +87,6 @@ class Publication:
         grace = max(LEAST_GRACE_S, time.monotonic() - begun)
         holders = await self._patience.followed(head, all_within_s=grace)
         self.held = version
-        self._changed.set()
+        del self._links[version]
         if self.followed is not None:
-            await self.followed(head, holders)
+            self.followed(head, holders)

@@ -25,6 +25,8 @@ class PublishReport:
     """Files and manifest, the wait for a store that was away included."""
     announce_s: float
     """The wait for a Redis that was away included."""
+    broadcast_s: float | None
+    """From meeting the servers of this cluster to their last answer; None where none took it so."""
 
     @classmethod
     def of(
@@ -36,6 +38,7 @@ class PublishReport:
         encode_s: float,
         store_s: float,
         announce_s: float,
+        broadcast_s: float | None,
     ) -> Self:
         """Of a version that was announced; see the fields."""
         files = sum(entry.size for entry in manifest.files)
@@ -51,4 +54,5 @@ class PublishReport:
             encode_s=encode_s,
             store_s=store_s,
             announce_s=announce_s,
+            broadcast_s=broadcast_s,
         )

@@ -92,7 +92,7 @@ class Sampling:
             fruitless = self._sort(answers, rollout, keep_all=not self.settings.rollout.resample)
             questions = self.draw.others(step, used, min(fruitless, left))
             left -= len(questions)
-            self.ledger.asked += len(questions)
+            self.ledger.ask(len(questions))
             used |= {question.id for question in questions}
         if not rollout.trees and rollout.without_signal:
             # All in vain: the step goes on with what there is, and trains nothing.

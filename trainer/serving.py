@@ -14,6 +14,7 @@ import httpx
 
 from shared.errors import ConfigError
 from shared.store import FsspecStore
+from shared.store_url import check_announced
 from trainer.launch import free_port
 from trainer.settings import FleetSettings
 
@@ -72,10 +73,13 @@ async def announced(
         folder: of the run; takes the file server's log.
 
     Raises:
-        ConfigError: the store is no folder here, or cannot be served so.
+        ConfigError: the store is no folder here, or cannot be served so; or the URL carries a password.
     """
+    url = check_announced(
+        settings.advertise_store or store.given, "set fleet.advertise_store to its URL without"
+    )
     if settings.serve_at is None:
-        yield settings.advertise_store or store.given
+        yield url
         return
     if store.folder is None:
         raise ConfigError(
@@ -167,12 +171,21 @@ async def _watch(
     running: list[subprocess.Popen[bytes]], root: Path, at: Address, log_file: Path
 ) -> None:
     """Start it again whenever it ends: servers wait for it meanwhile, or fetch from one another."""
+    said = ""
     while True:
         await asyncio.sleep(AGAIN_S)
         code = running[0].poll()
-        if code is not None:
-            log.warning("the file server ended with code %d; started again (%s)", code, log_file)
-            stdin = running[0].stdin
-            assert stdin is not None
-            stdin.close()
+        if code is None:
+            continue
+        stdin = running[0].stdin
+        assert stdin is not None
+        stdin.close()
+        try:
             running[0] = _start(root, at, log_file)
+        except OSError as error:  # too many processes or open files, a full disk: that may pass
+            if str(error) != said:
+                said = str(error)
+                log.warning("the file server ended with code %d; not started again: %s", code, said)
+            continue
+        said = ""
+        log.warning("the file server ended with code %d; started again (%s)", code, log_file)

@@ -13,6 +13,7 @@ from pydantic import (
 )  # fmt: skip
 
 from shared.redis_url import redacted
+from shared.store_url import shown
 from shared.wire import Plan, Savings
 
 
@@ -243,8 +244,9 @@ class FleetSettings(Settings):
 
     redis_url: str | None = Field(default=None, repr=False)
     """May carry a password, which no run folder gets; `SPOKE_REDIS_URL` goes before it."""
-    store: str | None = None
-    """Weight store, any fsspec URL; None is `weights` in the run folder, for servers on this machine."""
+    store: str | None = Field(default=None, repr=False)
+    """Weight store, any fsspec URL; None is `weights` in the run folder, for servers on this machine. One with a
+    password is announced without it, in `advertise_store`, and no run folder gets it."""
     serve_at: str | None = None
     """`HOST:PORT`: serve the store, which is a folder here, over HTTP; `SPOKE_STORE_TOKEN` is asked for."""
     advertise_store: str | None = None
@@ -268,10 +270,30 @@ class FleetSettings(Settings):
     """Newest versions that stay in the store whatever the servers hold."""
     anchor_every: int = Field(default=10, ge=1)
     """Versions from one full copy to the next; those between are deltas where these are smaller."""
+    weight_transfer: Literal["none", "nccl", "gloo"] = "none"
+    """Broadcast each announced version to the servers of this cluster that were started with the same
+    `--weight-transfer`, beside the store; see docs/weight_transfer.md. `SPOKE_TOKEN` needs scope `admin`."""
+    transfer_address: str | None = None
+    """Of this machine, as those servers reach it, on ports that the system chooses."""
+    transfer_s: float = Field(default=60.0, gt=0.0, le=600.0)
+    """Bound of meeting those servers, and of each broadcast to begin; then they fetch from the store."""
+
+    @model_validator(mode="after")
+    def _transfer_has_an_address(self) -> Self:
+        if self.weight_transfer != "none" and not self.transfer_address:
+            raise ValueError(
+                f"weight_transfer = {self.weight_transfer!r} needs transfer_address: this machine's, as the "
+                "servers reach it"
+            )
+        return self
 
     @field_serializer("redis_url")
     def _without_password(self, url: str | None) -> str | None:
         return url and redacted(url)
+
+    @field_serializer("store", "advertise_store")
+    def _without_user(self, url: str | None) -> str | None:
+        return url and shown(url)
 
 
 class EvaluationSettings(Settings):

@@ -24,6 +24,14 @@ JOIN = "/weight_transfer/join"
 CHECK = "/weight_transfer/check"
 RECEIVE = "/weight_transfer/receive"
 LEAVE = "/weight_transfer/leave"
+CHECK_S = 30.0
+"""Bound of a `check`: the server's own waits, and a little."""
+LEAVE_S = 10.0
+"""Bound of leaving, which is a courtesy: a group that is left alone ends by its own bounds."""
+GRACE_S = 30.0
+"""Beyond a server's own bounds: its answer says more than our impatience."""
+RATE = 100e6
+"""Bytes a second that a broadcast moves at least."""
 
 
 class Broadcast:
@@ -62,19 +70,21 @@ class Broadcast:
             WeightsError: a server would not or did not take it. Where the broadcast had begun the group is broken
                 and to be left: servers that did not finish end, and come back with the version from the store.
         """
-        body = TransferOffer(manifest=manifest, verify=verify).model_dump(mode="json")
+        offer = TransferOffer(manifest=manifest, verify=verify)
+        body = offer.model_dump(mode="json")
         # All are asked before any byte goes: one that refuses later leaves the others waiting for it.
-        await self._ask(CHECK, body, manifest.version)
+        await self._ask(CHECK, body, manifest.version, CHECK_S)
         sending = asyncio.create_task(asyncio.to_thread(self._broadcast, manifest, tensors))
         try:
-            await self._ask(RECEIVE, body, manifest.version)
+            bound_s = self._timeout_s + GRACE_S + offer.nbytes / RATE
+            await self._ask(RECEIVE, body, manifest.version, bound_s)
         finally:
             fault = await sending
         if fault is not None:
             raise WeightsError(f"version {manifest.version} was not broadcast: {fault}")
 
-    async def _ask(self, path: str, body: object, version: int) -> None:
-        asked = (_post(self._client, url + path, body, self._timeout_s) for url in self._servers)
+    async def _ask(self, path: str, body: object, version: int, bound_s: float) -> None:
+        asked = (_post(self._client, url + path, body, bound_s) for url in self._servers)
         for fault in await asyncio.gather(*asked):
             if fault is not None:
                 raise WeightsError(f"version {version} was not broadcast: {fault}")
@@ -111,10 +121,10 @@ async def group(
         timeout_s: bound of meeting, and of each broadcast.
 
     Raises:
-        WeightsError: not every server came in time.
+        WeightsError: not every server came in time, or the address is not of this machine.
     """
     bound, size = timedelta(seconds=timeout_s), len(servers) + 1
-    store = TCPStore(address, 0, size, is_master=True, wait_for_workers=False, timeout=bound)
+    store = await asyncio.to_thread(_listen, address, size, bound)
     async with asyncio.TaskGroup() as meeting:
         joined = [
             meeting.create_task(
@@ -129,7 +139,7 @@ async def group(
                         size=size,
                         timeout_s=timeout_s,
                     ).model_dump(mode="json"),
-                    timeout_s,
+                    timeout_s + GRACE_S,
                 )
             )
             for rank, url in enumerate(servers, 1)
@@ -144,7 +154,16 @@ async def group(
             raise WeightsError(f"no transfer group: {faults[0]}")
         yield Broadcast(client, servers, connection, device, timeout_s)
     finally:
-        await asyncio.gather(*(_post(client, url + LEAVE, {}, timeout_s) for url in servers))
+        await asyncio.gather(*(_post(client, url + LEAVE, {}, LEAVE_S) for url in servers))
+
+
+def _listen(address: str, size: int, bound: timedelta) -> TCPStore:
+    try:
+        return TCPStore(address, 0, size, is_master=True, wait_for_workers=False, timeout=bound)
+    except RuntimeError as error:  # what torch raises when it cannot reach itself at the address
+        raise WeightsError(
+            f"no transfer group: transfer_address {address}: {str(error).partition('. ')[0]}"
+        ) from error
 
 
 def _open(store: TCPStore, backend: TransferBackend, size: int, bound: timedelta) -> Any:  # noqa: ANN401
@@ -159,13 +178,22 @@ def _open(store: TCPStore, backend: TransferBackend, size: int, bound: timedelta
         return str(error).partition("\n")[0]
 
 
-async def _post(client: httpx.AsyncClient, url: str, body: object, timeout_s: float) -> str | None:
+async def _post(client: httpx.AsyncClient, url: str, body: object, bound_s: float) -> str | None:
     """Ask a server; returns why it did not, or None."""
     try:
-        # Longer than the server's own bounds: its answer says more than our impatience.
-        answer = await client.post(url, json=body, timeout=timeout_s + 60.0)
-    except httpx.HTTPError as error:
+        async with asyncio.timeout(bound_s):
+            answer = await client.post(url, json=body, timeout=bound_s)
+    except (httpx.HTTPError, TimeoutError) as error:
         return f"{url}: {str(error) or type(error).__name__}"
     if answer.is_success:
         return None
-    return f"{url}: {answer.status_code} {answer.text[:300]}"
+    if answer.status_code in (401, 403):
+        return f"{url}: {answer.status_code}: SPOKE_TOKEN needs scope admin there"
+    return f"{url}: {answer.status_code} {_detail(answer)}"
+
+
+def _detail(answer: httpx.Response) -> str:
+    """What a problem document says, or the answer's beginning."""
+    with contextlib.suppress(ValueError, TypeError, KeyError):
+        return str(answer.json()["detail"])
+    return answer.text[:300]

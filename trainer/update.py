@@ -109,6 +109,11 @@ class Learner:
             skip = self.optimizer.skip()
             return self._report(packed, [], 0.0, 0, skip, "nothing participates", critic)
         sums, entropy, computed = self._gradient(packed, scored=proximal is not None)
+        if not total(sums).weight:  # the correction has masked every token
+            skip = self.optimizer.skip()
+            return self._report(
+                packed, sums, entropy, computed, skip, "nothing participates", critic
+            )
         if total(sums).must_skip:
             skip = self.optimizer.skip()
             return self._report(packed, sums, entropy, computed, skip, "ratio", critic)

@@ -12,7 +12,7 @@ from typing import Protocol, runtime_checkable
 from starlette.types import ASGIApp
 
 from shared.errors import EngineError
-from shared.transfer import TransferGroup, TransferOffer
+from shared.transfer import TransferBackend, TransferGroup, TransferOffer
 from shared.tree import FinishReason
 
 
@@ -224,6 +224,21 @@ class SpeaksOpenAI(Protocol):
 class Transfer(Protocol):
     """An engine's place in a group that a trainer broadcasts weights to."""
 
+    @property
+    def backend(self) -> TransferBackend:
+        """Of the groups that it can join."""
+        ...
+
+    @property
+    def verifies(self) -> bool:
+        """Can it hash what it holds, as `TransferOffer.verify` asks?"""
+        ...
+
+    @property
+    def joined(self) -> bool:
+        """Is it in a group, as far as it knows?"""
+        ...
+
     async def join(self, group: TransferGroup) -> None:
         """Meet the trainer and the other engines; see `VllmTransfer.join`."""
         ...
@@ -247,6 +262,11 @@ class TakesTransfers(Protocol):
 
     transfer: Transfer | None
     """None where it was not opened for that."""
+
+
+def transfer_of(engine: Engine) -> Transfer | None:
+    """An engine's place in a transfer group; None where its weights do not come so."""
+    return engine.transfer if isinstance(engine, TakesTransfers) else None
 
 
 def spans(versions: Iterable[int]) -> list[tuple[int, int]]:

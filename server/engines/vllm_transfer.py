@@ -32,6 +32,21 @@ class VllmTransfer:
         self._weights = weights
         self._group: TransferGroup | None = None
 
+    @property
+    def backend(self) -> TransferBackend:
+        """Of the groups that it can join."""
+        return self._backend
+
+    @property
+    def verifies(self) -> bool:
+        """Can it hash what it holds?"""
+        return self._weights.named
+
+    @property
+    def joined(self) -> bool:
+        """Is it in a group, as far as it knows?"""
+        return self._group is not None
+
     async def join(self, group: TransferGroup) -> None:
         """Meet the trainer and the other engines. The worker samples nothing until all are there.
 
@@ -72,6 +87,8 @@ class VllmTransfer:
         since a server that stayed out would hold up the whole group."""
         if self._group is None:
             raise WeightsError("this server is in no transfer group: join one first")
+        if offer.verify and not self.verifies:
+            raise WeightsError("this model's parameters cannot be hashed by checkpoint names")
         version, digest = offer.manifest.version, offer.manifest.weights_digest
         held, same = self._weights.version, self._weights.digest in ("", digest)
         if version < held or (version == held and not same):

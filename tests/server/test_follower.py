@@ -5,18 +5,24 @@
 3. Behind the bound it is stale at once, and back when it has caught up.
 4. Late, repeated and lower heads change nothing; a Redis that lost its head is given it again.
 5. What went bad on its own disk is fetched again. An anchor that came by its shortcut is made whole on the spot.
+   What is held under another manifest than the announced one is taken all the same.
+   A long chain is shortened by what the server rebuilt for itself; where that goes bad, the anchor serves.
 """
 
 import asyncio
 import contextlib
+import tempfile
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis.asyncio
 from support import RedisProcess, running_redis
 
 from server.app import Holder
+from server.engines.base import ApplyReport, Weights
 from server.engines.settings import EngineSettings
 from server.follower import Follower
 from server.following import open_follower
@@ -26,10 +32,12 @@ from server.states import CaughtUp
 from server.status import Status
 from server.waiting import patiently
 from shared.coordination import RedisCoordinator
-from shared.errors import BusyError, CoordinationError, EngineError, WeightsError
-from shared.fleet import ServerState
+from shared.errors import BusyError, CoordinationError, EngineError, RoomError, WeightsError
+from shared.fleet import ServerRecord, ServerState
 from shared.sources import Part, Sources
+from shared.store import FsspecStore
 from tests.server.weight_run import TIMEOUT, FakeEngine, Run, digests, service_of
+from trainer.collection import Collector
 
 
 @pytest.fixture(autouse=True)
@@ -54,10 +62,12 @@ def own_redis() -> Iterator[RedisProcess]:
 class Member:
     """One server's follower on a fake engine."""
 
-    def __init__(self, run: Run, folder: Path, stack: contextlib.AsyncExitStack) -> None:
+    def __init__(
+        self, run: Run, folder: Path | None, stack: contextlib.AsyncExitStack, name: str = "s"
+    ) -> None:
         self.run, self.folder, self.stack = run, folder, stack
         self.engine = FakeEngine()
-        self.status = Status(server_id="s")
+        self.status = Status(server_id=name)
         self.holder = Holder(self.status)
         self.follower: Follower
         self.peers = True
@@ -228,6 +238,71 @@ async def test_a_newer_version_is_taken_where_the_head_cannot_be_had(
     await member.holds(2)
 
 
+async def test_a_version_that_came_while_another_failed_is_taken_at_once(
+    run: Run, member: Member, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await run.publish()
+    await member.start()
+    monkeypatch.setattr("server.follower.RETRY_S", 10 * TIMEOUT)  # a pause would outlast the test
+    monkeypatch.setattr("server.follower.LONGEST_RETRY_S", 10 * TIMEOUT)
+    load = member.engine.load_weights
+
+    async def failing(weights: Weights) -> ApplyReport:
+        if weights.version == 1:
+            await run.publish()
+            while member.status.standing.head != await run.coordinator.head():
+                await asyncio.sleep(0.01)
+            raise EngineError("version 1 is bad")
+        return await load(weights)
+
+    monkeypatch.setattr(member.engine, "load_weights", failing)
+    await run.publish()
+    await member.holds(2)
+
+
+async def test_what_a_joiner_fetches_stays_in_the_store(
+    run: Run, member: Member, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is in the fleet table before the first byte is asked for, until all are there."""
+    may_fetch, fetch = threading.Event(), FsspecStore.fetch
+
+    def held_back(*args: Any, **how: Any) -> tuple[Path, ...]:
+        assert may_fetch.wait(TIMEOUT)
+        return fetch(*args, **how)
+
+    monkeypatch.setattr(FsspecStore, "fetch", held_back)
+    collector = Collector(store=run.store, coordinator=run.coordinator, keep=1)
+    await run.publish(12)
+    joining = asyncio.create_task(member.start())
+    await run.record(lambda r: r.needs == 0)
+    await run.publish(anchor=True)
+    await run.publish()
+    await collector.collect(13)
+    assert run.store.versions() == list(range(14))
+    may_fetch.set()
+    await asyncio.wait_for(joining, TIMEOUT)
+    await member.holds(13)
+    assert member.engine.loads[0].version == 11
+    await run.record(lambda r: r.needs is None)
+    await collector.collect(13)
+    assert run.store.versions() == [12, 13]
+
+
+async def test_an_engine_of_fewer_bits_than_published_is_told_of_once(
+    run: Run, member: Member, caplog: pytest.LogCaptureFixture
+) -> None:
+    member.engine.info.dtype = "bfloat16"
+    await run.publish()
+    await member.start()
+    await member.holds(0)
+    await run.publish()
+    await member.holds(1)
+    said = [
+        r.getMessage() for r in caplog.records if "this engine keeps bfloat16" in r.getMessage()
+    ]
+    assert len(said) == 1
+
+
 async def test_a_refused_patch_is_followed_by_all_of_it(run: Run, member: Member) -> None:
     await run.publish()
     await member.start()
@@ -306,6 +381,38 @@ async def test_a_redis_that_restarts_empty_gets_everything_back(
         await member.holds(2)
 
 
+async def test_a_redis_that_is_away_is_told_once(
+    own_redis: RedisProcess,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However long it is away: a line of what that means for weights, and one for the fleet table."""
+    monkeypatch.setattr("server.follower.HEARTBEAT_S", 0.02)
+    run = Run(tmp_path, own_redis.url)
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(run.coordinator.close)
+        member = Member(run, tmp_path / "server", stack)
+        await run.publish()
+        await member.start()
+        report, failed = member.follower.coordinator.report, 0
+
+        async def counted(record: ServerRecord) -> None:
+            nonlocal failed
+            try:
+                await report(record)
+            except CoordinationError:
+                failed += 1
+                raise
+
+        monkeypatch.setattr(member.follower.coordinator, "report", counted)
+        own_redis.kill()
+        async with asyncio.timeout(TIMEOUT):
+            while failed < 10 or caplog.text.count("does not answer") < 2:
+                await asyncio.sleep(0.01)
+        assert caplog.text.count("does not answer") == 2
+
+
 async def test_a_redis_that_is_away_at_the_start_is_waited_for_and_not_for_ever(
     own_redis: RedisProcess, tmp_path: Path
 ) -> None:
@@ -350,3 +457,106 @@ async def test_an_anchor_that_came_by_its_shortcut_is_made_whole_here(
         assert (member.holdings.folder_of(3) / name).read_bytes() == published[name]
     await run.publish()
     await member.holds(4)
+
+
+async def test_equal_weights_that_were_published_anew_are_taken_from_its_own_disk(
+    run: Run, member: Member, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a run is trained anew from the same checkpoint, under the same name."""
+    head = await run.publish(2)
+    async with contextlib.AsyncExitStack() as stack:
+        first = Member(run, tmp_path / "server", stack)
+        await first.start()
+        await first.holds(1)
+    await run.coordinator.leave("s", first.status.instance)
+    anew = run.store.manifest(1).model_copy(update={"created_at": "later"}).seal()
+    (run.folder(1) / "manifest.json").write_bytes(anew.encode())
+    client = redis.asyncio.Redis.from_url(run.redis_url)
+    async with contextlib.aclosing(client):
+        changed = head.model_copy(update={"manifest_digest": anew.digest})
+        await client.hset(run.coordinator.keys.head, mapping=changed.fields())
+    monkeypatch.delattr(FsspecStore, "fetch")  # no file is asked for
+    await member.start()
+    await member.holds(1)
+    assert member.status.manifest == anew
+
+
+async def rebuilt(member: Member, version: int) -> list[Path]:
+    """The files that the server wrote for itself of a version, once it is tidied."""
+    async with asyncio.timeout(TIMEOUT):
+        while (chain := member.holdings.chain(version)) is None or chain.deltas:
+            await asyncio.sleep(0.005)
+    return list(chain.anchor.rebuilt)
+
+
+async def test_a_long_chain_starts_from_what_was_rebuilt(run: Run, member: Member) -> None:
+    await run.publish()
+    await member.start()
+    for version in range(1, 6):
+        await run.publish()
+        await member.holds(version)
+        if not version % 2:
+            assert await rebuilt(member, version)
+    assert [w.base_digest is None for w in member.engine.loads] == [True, *[False] * 5]
+    assert member.holdings.versions() == tuple(range(6))
+
+
+async def test_what_was_rebuilt_and_went_bad_is_forgotten(run: Run, member: Member) -> None:
+    await run.publish(3)
+    await member.start()
+    (file,) = await rebuilt(member, 2)
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    await run.publish()
+    await member.holds(3)
+    assert member.holdings.versions() == (0, 1, 2, 3)
+    assert await rebuilt(member, 3) != [file]
+    await run.publish()
+    await member.holds(4)
+
+
+async def test_what_was_rebuilt_makes_room(
+    run: Run, member: Member, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await run.publish(3)
+    await member.start()
+    (file,) = await rebuilt(member, 2)
+    add = Holdings.add
+
+    def refused(self: Holdings, *args: object) -> None:
+        """The disk is full as long as it is there."""
+        if file.exists():
+            raise RoomError("no room")
+        add(self, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Holdings, "add", refused)
+    await run.publish()
+    await member.holds(3)
+    assert not file.exists()
+
+
+def temporary(folder: Path) -> list[Path]:
+    return list(folder.glob("spoke-weights-*"))
+
+
+async def test_what_a_killed_server_left_is_deleted(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without --weights-dir versions lie in the system's folder for what does not last."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left = tmp_path / "spoke-weights-killed"
+    (left / "run").mkdir(parents=True)
+    (left / ".lock").touch()
+    (left / "run" / "weights").write_bytes(bytes(1000))
+    async with contextlib.AsyncExitStack() as stack:
+        one = Member(run, None, stack)
+        head = await run.publish()
+        await one.start()
+        assert not left.exists()
+        (kept,) = temporary(tmp_path)
+        assert (kept / run.name / f"v{head.version:06d}" / "manifest.json").exists()
+        async with contextlib.AsyncExitStack() as other_stack:
+            await Member(run, None, other_stack, "other").start()
+            assert len(temporary(tmp_path)) == 2
+        assert temporary(tmp_path) == [kept]
+    assert not kept.exists()

@@ -2,7 +2,7 @@
 
 1. A tree goes on from what another attempt returned: the tree is the same, and only the rest is sampled.
 2. Given nodes that cannot stand in the tree are refused, with the node and what is wrong with it.
-3. The same id is the same tree, with given nodes and without.
+3. The same id is the same tree; nodes that one client gave reach nobody else by it.
 4. Nodes of weights that are too old are sampled again, with all below them.
 """
 
@@ -102,6 +102,7 @@ def changed(
         ("0", {"key": ""}, "given.0.key", "at least 1 character"),
         ("0", {"key": "00"}, "given.0.key", "match pattern"),
         ("0", {"logprobs": [-1.0]}, "given.0.logprobs", "1 logprobs for 10 tokens"),
+        ("0", {"logprobs": [-1.0] * 9 + [0.5]}, "given.0.logprobs", "0.5 is above 0"),
         ("0", {"versions": [[0, 9]]}, "given.0.versions", "9 tokens, and there are 10"),
         ("0", {"versions": [[0, 9, 1]]}, "given.0.versions.0", ""),
         ("0", {"versions": [["0", 10]]}, "given.0.versions.0.0", "valid integer"),
@@ -165,14 +166,42 @@ def test_not_where_the_nodes_would_mean_something_else(
     assert (answer.status_code, answer.json()["field"]) == (422, "given")
 
 
-def test_the_same_id_is_the_same_tree_with_given_nodes_or_without(
+def test_the_same_id_is_the_same_tree_also_for_who_gives_nodes(
     server_url: str, whole: RolloutTreeResponse
 ) -> None:
-    named = BODY | {"request_id": "given-or-not"}
-    first = tree(post(server_url, named | {"given": [given_of(whole)["1"]]}))
-    assert first.usage.given_tokens > 0
-    again = tree(post(server_url, named))
-    assert again == first
+    named, nodes = BODY | {"request_id": "given-or-not"}, given_of(whole)
+    first = tree(post(server_url, named))
+    assert tree(post(server_url, named | {"given": [nodes["1"]]})) == first
+    resumed = BODY | {"request_id": "resumed", "given": [nodes["1"]]}
+    again = tree(post(server_url, resumed))
+    assert again.usage.given_tokens > 0
+    assert tree(post(server_url, resumed)) == again
+
+
+def test_given_nodes_reach_nobody_who_did_not_give_them(
+    server_url: str, whole: RolloutTreeResponse
+) -> None:
+    """A client may make them up; another one may use the same id, and gets what the server has sampled."""
+    named, nodes = BODY | {"request_id": "shared"}, given_of(whole)
+    planted = nodes["1"] | {"token_ids": [7] * 10}
+    theirs = tree(post(server_url, named | {"given": [planted]}))
+    assert [7] * 10 in [node.token_ids for node in theirs.nodes]
+    with_others = tree(post(server_url, named | {"given": [nodes["0"]]}))
+    without = tree(post(server_url, named))
+    assert shape(with_others) == shape(without) == shape(whole)
+    assert without.usage.given_tokens == 0
+
+
+def test_nodes_of_weights_that_the_server_has_not_heard_of_are_sampled_again(
+    server_url: str, whole: RolloutTreeResponse
+) -> None:
+    later = [
+        node | {"versions": [[999, len(node["token_ids"])]]} for node in given_of(whole).values()
+    ]
+    found = tree(post(server_url, BODY | {"given": later}))
+    assert shape(found) == shape(whole)
+    assert found.usage.given_tokens == 0
+    assert found.usage.discarded_tokens == sum(len(node["token_ids"]) for node in later)
 
 
 def node(key: str, version: int) -> GivenNode:
@@ -181,14 +210,14 @@ def node(key: str, version: int) -> GivenNode:
     )
 
 
-def test_nodes_of_older_weights_are_of_no_use_and_nor_is_what_follows_them() -> None:
+def test_nodes_of_older_or_unknown_weights_are_of_no_use_and_nor_is_what_follows_them() -> None:
     request = RolloutTreeRequest(
         prompt="1",
         plan=TreePlan(branch_factors=[2, 2], segment_tokens=1),
         min_weight_version=3,
-        given=[node("0.0", 4), node("0", 2), node("1", 3), node("1.1", 4), node("1.0", 2)],
+        given=[node(*of) for of in (("0.0", 4), ("0", 2), ("1", 3), ("1.1", 4), ("1.0", 5))],
     )
-    assert set(usable(request, 4)) == {(1,), (1, 1)}
+    assert set(usable(request, 4, 4)) == {(1,), (1, 1)}
 
 
 def test_a_tree_that_begins_anew_takes_nodes_of_the_newest_weights_alone() -> None:
@@ -198,4 +227,4 @@ def test_a_tree_that_begins_anew_takes_nodes_of_the_newest_weights_alone() -> No
         in_flight="restart",
         given=[node("0", 2), node("1", 3), node("2", 4)],
     )
-    assert set(usable(request, 3)) == {(1,)}
+    assert set(usable(request, 3, 4)) == {(1,)}

@@ -4,6 +4,7 @@
    it, and hashes it before it uses it.
 2. Of a chain that misses a file or has another base there is none.
 3. Pruning leaves the newest chain whole.
+4. Another manifest of a held version is adopted: what both name is not fetched again, and nothing else is left.
 """
 
 import shutil
@@ -198,6 +199,37 @@ def test_a_folder_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="--weights-dir"):
         Holdings(tmp_path / "file", RUN)
+
+
+def test_another_manifest_of_a_held_version_keeps_what_both_name(
+    holdings: Holdings, versions: Versions, tmp_path: Path
+) -> None:
+    take(holdings, versions, 0)
+    take(holdings, versions, 1)
+    before = versions.manifests[0]
+    later = before.model_copy(update={"created_at": "later"}).seal()
+    holdings.adopt(later)
+    found = holdings.chain(1)
+    assert found is not None
+    assert (found.anchor.manifest, chain(holdings, 1)) == (later, [0, 1])
+    first, second = later.files
+    other = second.model_copy(update={"sha256": "0" * 64})
+    holdings.adopt(later.model_copy(update={"files": (first, other)}).seal())
+    assert chain(holdings, 0) is None
+    folder = holdings.folder_of(0)
+    assert {path.name for path in folder.iterdir()} == {first.name, MANIFEST}
+    holdings.close()
+    reopened = Holdings(tmp_path / "held", RUN)
+    manifest = reopened.manifest(0)
+    assert manifest is not None
+    assert manifest.files == (first, other)
+    assert reopened.file(0, first.name) is not None
+    reopened.close()
+
+
+def test_a_version_that_is_not_held_is_not_adopted(holdings: Holdings, versions: Versions) -> None:
+    holdings.adopt(versions.manifests[0])
+    assert holdings.manifest(0) is None
 
 
 def test_others_are_told_of_what_they_can_be_given(

@@ -1,22 +1,32 @@
-"""A server's last moments: nothing that hangs, errs or swallows a cancellation keeps it from its end."""
+"""A server's last moments: nothing that hangs, errs or swallows a cancellation keeps it from its end.
+
+And its first: an id under which another server lives is refused; that of one that was killed is waited for.
+"""
 
 import asyncio
 import threading
+import time
+import uuid
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from server.app import Holder
+from server.engines.settings import EngineSettings
 from server.engines.transformers import TransformersEngine
 from server.follower import Follower
-from server.life import _serve_until, _watch
+from server.life import _serve_until, _watch, life
 from server.metrics import Metrics
+from server.settings import ServerSettings
 from server.states import Phase, Standing
 from server.status import Status
 from server.taking import Taker
-from server.threads import in_daemon_thread
-from shared.errors import CoordinationError, EngineError
-from shared.fleet import Head
+from server.waiting import own_id
+from shared.coordination import RedisCoordinator
+from shared.errors import ConfigError, CoordinationError, EngineError
+from shared.fleet import Head, ServerRecord, ServerState
+from shared.threads import in_daemon_thread
 
 TIMEOUT = 10.0
 
@@ -131,3 +141,75 @@ async def test_the_watch_ends_with_what_the_engine_died_of() -> None:
     engine: Any = Dead()
     with pytest.raises(EngineError, match="its process is gone"):
         await asyncio.wait_for(_watch(engine, 30.0), TIMEOUT)
+
+
+def living(server_id: str, renewed: float) -> ServerRecord:
+    return ServerRecord(
+        server_id=server_id, instance="other", url="http://other", state=ServerState.READY, version=0,
+        digest="", model="m", engine="e", updated_at=renewed,
+    )  # fmt: skip
+
+
+async def test_a_second_server_under_one_id_ends_while_its_model_is_loaded(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = ServerSettings(
+        engine="transformers", engine_settings=EngineSettings(model="m"), run=f"run-{uuid.uuid4().hex}",
+        redis_url=redis_url, server_id="gpu",
+    )  # fmt: skip
+    coordinator = RedisCoordinator(redis_url, settings.run)
+    loading = asyncio.Event()
+
+    async def load(*_: object) -> None:
+        loading.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr("server.life._engine", load)
+    await coordinator.report(living("gpu", 0.0))
+    holder = Holder(Status(server_id="gpu"))
+    starting = asyncio.create_task(life(settings, holder, "http://second", asyncio.Event()))
+    await asyncio.wait_for(loading.wait(), TIMEOUT)
+    beat = 0.0
+    async with asyncio.timeout(TIMEOUT):
+        while not starting.done():
+            beat += 1.0
+            await coordinator.report(living("gpu", beat))
+            await asyncio.sleep(0.05)
+    with pytest.RaisesGroup(
+        pytest.RaisesExc(ConfigError, match="--server-id gpu: the server at http://other")
+    ):
+        await starting
+    assert [record.url for record in await coordinator.servers()] == ["http://other"]
+    await coordinator.close()
+
+
+async def test_the_id_of_a_server_that_was_killed_is_free_once_its_record_is_gone(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    coordinator = RedisCoordinator(redis_url, f"run-{uuid.uuid4().hex}")
+    monkeypatch.setattr("shared.coordination.RECORD_S", 0.3)
+    await coordinator.report(living("gpu", 0.0))
+    begun = time.monotonic()
+    await asyncio.wait_for(own_id(coordinator, "gpu", 1.0), TIMEOUT)
+    assert time.monotonic() - begun > 0.2
+    assert await coordinator.servers() == []
+    await coordinator.close()
+
+
+async def test_a_server_whose_id_is_taken_meanwhile_ends(redis_url: str, tmp_path: Path) -> None:
+    coordinator = RedisCoordinator(redis_url, f"run-{uuid.uuid4().hex}")
+    await coordinator.report(living("s", 0.0))
+    fakes: Any = FakeFetcher()
+    engine: Any = FakeEngine()
+    status = Status(server_id="s", standing=Standing(phase=Phase.FOLLOWING))
+    metrics = Metrics()
+    taker = Taker(
+        fetcher=fakes, holdings=fakes, engine=engine, status=status, folder=tmp_path, metrics=metrics
+    )  # fmt: skip
+    follower = Follower(
+        coordinator=coordinator, taker=taker, files=tuple, status=status, engine=engine,
+        url="http://127.0.0.1:1", metrics=metrics,
+    )  # fmt: skip
+    with pytest.raises(ConfigError, match="--server-id s: the server at http://other"):
+        await asyncio.wait_for(follower.heartbeat(), TIMEOUT)
+    await coordinator.close()

@@ -69,6 +69,7 @@ async def test_the_live_digest_is_of_the_bytes_in_memory_at_each_request(
         "digest": engine.digest,
         "live_digest": engine.digest,
         "dtype": "float32",
+        "rounded": None,
         "tensors": digests(engine.tensors),
     }
     engine.tensors["b"][2] += 1e-7
@@ -79,6 +80,16 @@ async def test_the_live_digest_is_of_the_bytes_in_memory_at_each_request(
         (name, "F32", tuple(tensor.shape), digests(engine.tensors)[name])
         for name, tensor in engine.tensors.items()
     )
+
+
+async def test_an_engine_of_fewer_bits_says_why_its_digests_cannot_agree(
+    client: httpx.AsyncClient, engine: FakeEngine
+) -> None:
+    engine.info.dtype = "bfloat16"
+    engine.tensors["a"] += 1e-4  # as rounding does
+    found = (await client.get("/weights/live")).json()
+    assert found["live_digest"] != found["digest"]
+    assert "float32 is published and this engine keeps bfloat16" in found["rounded"]
 
 
 @pytest.mark.parametrize("change", ["missing", "unknown"])

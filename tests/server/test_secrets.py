@@ -256,6 +256,12 @@ def test_run_folders_hold_no_password(tmp_path: Path, monkeypatch: pytest.Monkey
     assert saved["fleet"]["redis_url"] == "redis://h:1/0"
     assert MARK not in repr(settings) + settings.model_dump_json() + str(settings.model_dump())
     monkeypatch.delenv("SPOKE_REDIS_URL")
+    stores = [f"fleet.{name}=sftp://me:{MARK}@h/a" for name in ("store", "advertise_store")]
+    settings = load(config, stores)
+    assert settings.fleet.store == f"sftp://me:{MARK}@h/a"
+    open_folder(settings, tmp_path / "other", resume=False)
+    saved = json.loads((tmp_path / "other" / "config.json").read_text())["fleet"]
+    assert saved["store"] == saved["advertise_store"] == "sftp://h/a"
     own = tmp_path / "own.toml"
     own.write_text(f'base = "{config}"\n[fleet]\nredis_url = "{url}"\n')
     assert load(own).fleet.redis_url == url

@@ -73,7 +73,7 @@ async def test_held_files_are_sent(client: httpx.AsyncClient, versions: Versions
     metrics = {"Authorization": f"Bearer {ROLLOUT}"}
     said = (await client.get("/metrics", headers=metrics)).text
     sent = next(
-        line for line in said.splitlines() if line.startswith("spoke_weights_sent_bytes_total")
+        line for line in said.splitlines() if line.startswith("spoke_weight_sent_bytes_total")
     )
     assert float(sent.split()[1]) == SIZE + len(manifest.content)
 

@@ -24,7 +24,7 @@ from shared.delta_file import DeltaFiles, write_delta
 from shared.errors import WeightsError
 from shared.manifest import Manifest
 from shared.shards import verify_tensors, write_shards
-from shared.tensor_files import TensorFiles, TensorInfo
+from shared.tensor_files import TensorFiles, TensorInfo, sha256_of
 from tests.shared.versions import INFOS, anchor, chain, delta, moved, step, weights
 
 
@@ -52,10 +52,7 @@ def test_full_shards_are_what_a_trainer_writes(tmp_path: Path, deltas: int) -> N
     paths = write_full(links, tmp_path / "made")
     verify_tensors(paths, links.manifest)
     published = anchor(9, values[-1], tmp_path / "published")
-    assert [path.name for path in paths] == [file.name for file in published.manifest.files]
-    assert [path.read_bytes() for path in paths] == [
-        (tmp_path / "published" / path.name).read_bytes() for path in paths
-    ]
+    assert [path.read_bytes() for path in paths] == [path.read_bytes() for path in published.shards]
 
 
 def test_an_anchor_alone_is_its_own_answer(tmp_path: Path) -> None:
@@ -105,6 +102,18 @@ def test_a_patch_names_what_any_delta_named(
                 wanted.setdefault(name + ".indices", set()).update(places)
     assert named == wanted
     shutil.rmtree(folder)
+
+
+def test_a_tensor_that_is_read_wrong_once_is_an_error_like_any_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    links, _ = chain(tmp_path, 2)
+    wrong = ["0" * 64]
+    monkeypatch.setattr(
+        "shared.chain.sha256_of", lambda bits: wrong.pop() if wrong else sha256_of(bits)
+    )
+    with pytest.raises(WeightsError, match=r"version 5: tensor .* read wrong once and right now"):
+        write_full(links, tmp_path / "made")
 
 
 def test_weights_that_are_not_in_the_chain_have_no_patch(tmp_path: Path) -> None:

@@ -7,9 +7,13 @@
 5. A Redis that is away is one clear error, without its password.
 6. A Redis that restarted empty, or whose clock jumped back: no token is given twice, the head comes back and is
    never lowered, and a follower that waits for later events is woken by new ones with lower ids.
+7. What another version of Spoke wrote ends nobody: a record that cannot be read is left out, a head is one clear
+   error.
+8. A server's id belongs to one living process: another one is refused, and takes nothing away when it leaves.
 """
 
 import asyncio
+import json
 import uuid
 
 import pytest
@@ -140,6 +144,68 @@ async def test_records_come_and_go(
     assert await coordinator._redis.smembers(coordinator.keys.servers) == {"b"}
     await coordinator.leave("b")
     assert await coordinator.servers() == []
+
+
+async def test_a_record_that_cannot_be_read_is_left_out_and_told_once(
+    coordinator: RedisCoordinator, caplog: pytest.LogCaptureFixture
+) -> None:
+    await coordinator.report(record("good"))
+    good = record("newer").model_dump(mode="json") | {"unheard_of": {"a": 1}}
+    # A field that nobody here knows is ignored; a state is not, nor one that is missing, nor what is no JSON.
+    bad = {
+        "newer": good,
+        "hot": good | {"state": "hibernating"},
+        "less": {k: v for k, v in good.items() if k != "url"},
+    }
+    texts = {name: json.dumps(fields) for name, fields in bad.items()} | {"torn": "{"}
+    for name, text in texts.items():
+        await coordinator._redis.set(coordinator.keys.server(name), text, px=60_000)
+        await coordinator._redis.sadd(coordinator.keys.servers, name)
+    for _ in range(2):
+        assert [r.server_id for r in await coordinator.servers()] == ["good", "newer"]
+    told = [entry.getMessage() for entry in caplog.records]
+    assert [line.partition(" cannot be read")[0] for line in told] == [
+        f"the record of server {name}" for name in ("hot", "less", "torn")
+    ]
+    assert "state: Input should be" in told[0]
+    assert "url: Field required" in told[1]
+
+
+async def test_a_head_that_cannot_be_read_is_one_clear_error(
+    coordinator: RedisCoordinator,
+) -> None:
+    await coordinator._redis.hset(coordinator.keys.head, mapping={"version": "seven"})
+    with pytest.raises(CoordinationError, match=r"the head of run .* cannot be read: version: "):
+        await coordinator.head()
+
+
+async def test_an_id_belongs_to_one_living_process(
+    coordinator: RedisCoordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, other = (
+        record("gpu").model_copy(update={"instance": name, "url": f"http://{name}"})
+        for name in ("mine", "other")
+    )
+    await coordinator.report(mine)
+    await coordinator.report(mine)
+    with pytest.raises(ConfigError, match="--server-id gpu: the server at http://mine"):
+        await coordinator.report(other)
+    await coordinator.leave("gpu", "other")
+    assert await coordinator.servers() == [mine]
+    await coordinator.leave("gpu", "mine")
+    assert await coordinator.servers() == []
+    # One that died holds its id for as long as its record lives; what cannot be read holds nothing.
+    monkeypatch.setattr("shared.coordination.RECORD_S", 0.05)
+    await coordinator.report(mine)
+    async with asyncio.timeout(5.0):
+        while await coordinator.servers():
+            await asyncio.sleep(0.01)
+    for text in ("{", "[]", '{"instance": 3}'):
+        await coordinator._redis.set(coordinator.keys.server("gpu"), text)
+        monkeypatch.setattr("shared.coordination.RECORD_S", 5.0)
+        await coordinator.report(other)
+        assert await coordinator.servers() == [other]
+        await coordinator.leave("gpu", "other")
 
 
 async def test_a_server_that_came_back_is_not_forgotten(coordinator: RedisCoordinator) -> None:

@@ -6,8 +6,10 @@
 4. The digest of the weights depends on the tensors alone, not on files, order or version.
 5. Of two who publish one version at the same moment one fails, and the other's version is whole.
 6. A fetch that was cut short is gone on with; it takes no byte more than the manifest says.
+7. A store that cannot be listed is away: it is not one that has less.
 """
 
+import errno
 import struct
 import subprocess
 import sys
@@ -59,11 +61,14 @@ def test_what_is_published_is_fetched(tmp_path: Path) -> None:
     ]
 
 
-def test_a_store_in_memory_works_too(tmp_path: Path) -> None:
+def test_a_store_in_memory_works_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = FsspecStore(f"memory://{tmp_path.name}", "run")
+    monkeypatch.setattr(store._fs, "blocksize", 16)
     path = shard(tmp_path / "made")
     manifest = describe([path], run="run", version=0, dtype="float32")
-    store.publish(manifest, path.parent)
+    moves: list[int] = []
+    store.publish(manifest, path.parent, moved=lambda: moves.append(1))
+    assert len(moves) > manifest.files[0].size // 16  # each part tells
     assert store.versions() == [0]
     verify_tensors(store.fetch(store.manifest(0), tmp_path / "fetched"), manifest)
 
@@ -258,6 +263,30 @@ def test_numbers_are_of_version_folders_alone(tmp_path: Path) -> None:
         (tmp_path / "store" / "run" / name).mkdir()
     assert store.numbers() == [3, 7]
     assert FsspecStore(f"file://{tmp_path}", "no-such-run").numbers() == []
+
+
+def away(*args: object, **kwargs: object) -> None:
+    """As a file system that is gone answers."""
+    raise OSError(errno.EIO, "Input/output error")
+
+
+@pytest.mark.parametrize("call", ["ls", "info"])
+def test_a_store_that_cannot_be_listed_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """Whoever collects would take what is left out for something half-written, and delete it."""
+    store, _ = store_with(tmp_path)
+    (tmp_path / "store" / "run" / "v000004").write_text("a file")
+    assert store.versions() == [3]
+    store.url = "sftp://host/store"
+    monkeypatch.setattr(store._fs, call, away)
+    with pytest.raises(
+        WeightsError, match=r"sftp://host/store: run run cannot be listed \(see that"
+    ):
+        store.versions()
+    if call == "ls":
+        with pytest.raises(WeightsError, match="Input/output"):
+            store.numbers()
 
 
 def test_a_manifest_of_the_first_format_is_refused_by_its_number(tmp_path: Path) -> None:

@@ -8,9 +8,11 @@ manifest; then what became of it: {"published": VERSION} or {"ended": why}, one 
 
 import asyncio
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,14 +31,16 @@ def say(what: object) -> None:
 
 class Store(FsspecStore):
     def publish(
-        self, manifest: Manifest, folder: Path, *, before_manifest: Callable[[], None]
+        self, manifest: Manifest, folder: Path, *, before_manifest: Callable[[], None], **rest: Any
     ) -> None:
         def between() -> None:
             say("files")
-            sys.stdin.readline()
+            os.read(
+                0, 100
+            )  # without a lock, which would end a process that is interrupted here by an abort
             before_manifest()
 
-        super().publish(manifest, folder, before_manifest=between)
+        super().publish(manifest, folder, before_manifest=between, **rest)
 
 
 async def main(url: str, run: str, lease_s: str, folder: str, version: str) -> None:

@@ -256,6 +256,49 @@ async def test_a_server_whose_listed_url_is_none_costs_no_tree(fake: Fake, url: 
             await client.rollout_tree(REQUEST)
 
 
+async def test_a_list_that_hangs_holds_up_no_tree(fake: Fake) -> None:
+    """As one from a Redis that was stopped: each call takes its whole bound."""
+    server = fake(lambda i: ANSWER)
+    calls, hung = 0, asyncio.Event()
+
+    async def listed() -> list[Target]:
+        nonlocal calls
+        calls += 1
+        if hung.is_set():
+            await asyncio.Event().wait()
+        return [Target(url=server.url)]
+
+    async with AsyncClient(listed, timeout_s=30) as client:
+        # Many at once, with no server known: one call for all of them.
+        await asyncio.gather(*(client.rollout_tree(asking(f"question {i}")) for i in range(8)))
+        assert calls == 1
+        hung.set()
+        client._listing.expire()
+        async with asyncio.timeout(10):
+            for i in range(20):
+                await client.rollout_tree(asking(f"question {i}"))
+    assert (calls, len(server.bodies)) == (2, 28)
+
+
+async def test_a_list_that_hangs_is_given_up_at_the_bound() -> None:
+    async def listed() -> list[Target]:
+        await asyncio.Event().wait()
+        return []
+
+    async with AsyncClient(listed, timeout_s=0.3) as client, asyncio.timeout(10):
+        with pytest.raises(FleetError, match="no live server"):
+            await client.rollout_tree(REQUEST)
+
+
+async def test_what_else_a_list_raises_is_raised() -> None:
+    async def listed() -> list[Target]:
+        raise ValueError("of the caller's making")
+
+    async with AsyncClient(listed, timeout_s=10) as client:
+        with pytest.raises(ValueError, match="making"):
+            await client.rollout_tree(REQUEST)
+
+
 # 3. What is raised
 
 

@@ -221,6 +221,7 @@ async def test_a_server_that_hangs_is_given_up(fake: Fake, monkeypatch: pytest.M
 async def test_without_the_table_the_known_servers_are_used(
     fake: Fake, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("trainer.client.listing.REFRESH_S", 0.0)
     monkeypatch.setattr("trainer.client.async_client.REFRESH_S", 0.0)
     server, calls = fake(lambda i: streamed(whole=True)), 0
 

@@ -2,6 +2,7 @@
 
 import io
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -65,9 +66,30 @@ def test_without_a_terminal_every_step_is_a_line() -> None:
     assert "pass@1 44.9 % ± 1.0, greedy 64.1 %" in lines[2]
 
 
+@pytest.mark.parametrize(("delta", "said"), [(5_044, "5.0 kB"), (None, "1.7 MB")])
+def test_a_step_says_what_a_server_fetches_of_its_version(delta: int | None, said: str) -> None:
+    stream = io.StringIO()
+    published = [{"delta_bytes": delta, "stored_bytes": 1_680_356}]
+    Display("a run", Console(file=stream, width=200)).step(1, 4, {**VALUES, "published": published})
+    assert f"version 7  weights {said}  rollout" in stream.getvalue()
+
+
 @pytest.mark.parametrize("text", ["a run", "1/4", "training reward", "pass@1 44.9 % ± 1.0"])
 def test_on_a_terminal_there_is_a_bar_and_measurements_stay(text: str) -> None:
     assert text in show(terminal=True)
+
+
+def test_questions_without_an_answer_are_counted_beside_those_measured(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, width=200)
+    found = measurement(2, 0.5, 0.7)
+    found = replace(found, sampled=replace(found.sampled, lost=3))
+    Display("a run", console).measured("during", found)
+    show_summary(
+        Summary(run="demo", folder=tmp_path, measurements=[found]), Console(file=stream, width=160)
+    )
+    assert "[512 questions x 4, 3 more without an answer, 2.0 s]" in stream.getvalue()
+    assert "after 2 steps (3 without an answer)" in stream.getvalue()
 
 
 def test_the_table_at_the_end_says_what_happened(tmp_path: Path) -> None:

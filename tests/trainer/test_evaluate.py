@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fake_rollouts import ANSWER, Fake
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from shared.errors import ConfigError, FleetError, RequestError
+from shared.errors import ConfigError, FleetError, NoTreeError, RequestError
 from shared.tree import FinishReason, Node, Role
 from shared.wire import (
     GroupPlan,
@@ -28,11 +29,12 @@ from shared.wire import (
     WeightVersions,
 )
 from trainer import data
+from trainer.cli import main
 from trainer.commands.eval import default_folder, parse_ks
 from trainer.data import Question, load, usual
 from trainer.estimators import default_ks, estimate, majority_at_k, pass_at_k, quantile
 from trainer.evaluate import ask_all, evaluate
-from trainer.evaluation_report import Refused, as_json, headline, summarise_samples, table
+from trainer.evaluation_report import Lost, Refused, as_json, headline, summarise_samples, table
 from trainer.samples import EvalSettings, SampleFile, samples_of
 from trainer.settings import DataSettings, RewardSettings
 
@@ -275,12 +277,14 @@ def test_the_table_shows_what_there_is_and_warns() -> None:
         ks=[1],
         votes=False,
         refused=[Refused(question_id="9", field="prompt", detail="too long")],
+        lost=[Lost(question_id="8", detail="no tree within 600 s")],
         before=(3, 3),
     )
     text = shown(mixed)
     for part in (
         "mean reward", "0.625", "weight versions 3 to 5 (3 to 3 before --resume)",
-        "1 questions were refused", "question 9: prompt: too long",
+        "1 questions were refused", "question 9: prompt: too long", "1 questions were not answered in time",
+        "question 8: no tree",
     ):  # fmt: skip
         assert part in text
     assert "majority" not in text
@@ -332,6 +336,18 @@ async def test_in_training_the_first_failure_ends_the_measurement(error: Excepti
     assert raised.value is error
 
 
+async def test_in_training_a_question_that_no_server_answers_is_left_out_and_counted() -> None:
+    lost = NoTreeError("no tree within 1 s")
+    found = await run_evaluate(
+        ScriptedFleet(lambda q: lost if q in "24" else answer(float(q == "0"), 1.0))
+    )
+    assert (found.questions, found.lost) == (3, 2)
+    assert found.mean == pytest.approx((1.0 + 0.5 + 0.5) / 3)
+    with pytest.raises(NoTreeError) as raised:
+        await run_evaluate(ScriptedFleet(lambda q: lost))
+    assert raised.value is lost
+
+
 async def test_a_refused_question_loses_no_other() -> None:
     fleet = ScriptedFleet(lambda q: RequestError("prompt", "no") if q == "2" else answer(1.0, 0.0))
     plan = GroupPlan(samples=2)
@@ -339,15 +355,40 @@ async def test_a_refused_question_loses_no_other() -> None:
         RolloutTreeRequest(request_id=f"n/{question.id}", prompt="1", plan=plan)
         for question in QUESTIONS
     ]
-    answered, refused = [], []
+    answered, refused, lost = [], [], []
     await ask_all(
         fleet,
         requests,
         on_answer=lambda place, _: answered.append(place),
+        on_lost=lambda place, _: lost.append(place),
         on_refusal=lambda place, error: refused.append((place, error.field)),
     )
     assert answered == [4, 3, 1, 0]
-    assert refused == [(2, "prompt")]
+    assert (refused, lost) == ([(2, "prompt")], [])
+
+
+def test_eval_goes_on_without_a_question_that_got_no_answer_and_resumes_with_it(
+    fake: Fake, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"question": f"{i} + 1?", "answer": str(i + 1)} for i in range(3)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    stuck = True
+
+    def script(i: int) -> Any:
+        return server.stall() if stuck and "1 + 1" in server.bodies[i]["prompt"] else ANSWER
+
+    server = fake(script)
+    command = [
+        "eval", "--server", server.url, "--data", str(tmp_path / "a.jsonl"), "--samples", "1",
+        "--timeout", "0.8", "--out", str(tmp_path / "out"), "--json",
+    ]  # fmt: skip
+    assert main(command) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert (found["questions"], [lost["question_id"] for lost in found["lost"]]) == (2, ["1"])
+    stuck, asked = False, len(server.bodies)
+    assert main([*command, "--resume"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["questions"], found["lost"], len(server.bodies)) == (3, [], asked + 1)
 
 
 def test_math500_is_asked_for_a_box_and_graded_as_mathematics(

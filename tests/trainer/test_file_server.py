@@ -49,8 +49,19 @@ async def test_files_are_served_whole_and_in_part(versions: Versions) -> None:
         assert (head.status_code, head.headers["content-length"]) == (200, "300000")
         beyond = await client.get(FILE, headers={"Range": "bytes=300000-"})
         assert beyond.status_code == 416
-        said = (await client.get("/metrics")).text
-        assert f'spoke_store_sent_bytes_total{{run="{RUN}",version="0"}} 300010.0' in said
+        for version in (1, 2, 3):
+            versions.publish()
+            await client.get(f"/{RUN}/v{version:06d}/delta-0.zst")
+            await client.get(f"/{RUN}/v{version:06d}/manifest.json")
+        said = [
+            line
+            for line in (await client.get("/metrics")).text.splitlines()
+            if "bytes_total{" in line
+        ]
+        name = "spoke_store_sent_bytes_total"
+        assert f'{name}{{kind="full",run="{RUN}"}} 300010.0' in said
+        assert f'{name}{{kind="delta",run="{RUN}"}} 60000.0' in said
+        assert len(said) == 3, "a series for each version would never end"
 
 
 @pytest.mark.parametrize("method", ["POST", "PUT", "DELETE", "PATCH"])
@@ -163,6 +174,25 @@ async def test_a_training_run_serves_its_store(
         await asyncio.to_thread(httpx.get, f"{url}/livez")
 
 
+async def test_a_file_server_that_cannot_be_started_again_is_tried_again(
+    versions: Versions, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, away = tmp_path / "run", tmp_path / "away"
+    folder.mkdir()
+    async with announced(FleetSettings(serve_at="127.0.0.1:0"), versions.store, folder) as url:
+        pid = int((await asyncio.to_thread(httpx.get, f"{url}/livez")).text)
+        folder.rename(away)  # its log cannot be opened
+        os.kill(pid, signal.SIGKILL)
+        again = HttpStore(url, RUN, tries=1)
+        async with asyncio.timeout(30):
+            while "not started again" not in caplog.text:
+                await asyncio.sleep(0.05)
+            away.rename(folder)
+            while not await asyncio.to_thread(_answers, again):
+                await asyncio.sleep(0.05)
+        again.close()
+
+
 def _answers(store: HttpStore) -> bool:
     try:
         return bool(store.manifest(0).files)
@@ -175,6 +205,15 @@ async def test_a_store_elsewhere_is_not_served(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no folder of this machine"):
         async with announced(settings, FsspecStore("memory://a", RUN), tmp_path):
             pass
+    secret = FsspecStore("memory://a", RUN)
+    secret.given = "sftp://me:secret@host/a"
+    for settings in (FleetSettings(), FleetSettings(advertise_store="sftp://me:secret@host/a")):
+        with pytest.raises(
+            ConfigError, match=r"'sftp://host/a': its password.*advertise_store"
+        ) as error:
+            async with announced(settings, secret, tmp_path):
+                pass
+        assert "secret" not in str(error.value)
     plain = FleetSettings(store="memory://a", advertise_store="s3://bucket/a")
     async with announced(plain, FsspecStore("memory://a", RUN), tmp_path) as url:
         assert url == "s3://bucket/a"

@@ -16,6 +16,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -256,6 +257,18 @@ async def test_a_store_that_is_away_at_the_start_is_one_clear_error(
         async with hold(redis, away, redis.keys.run, nothing):
             raise AssertionError
     assert not await redis._redis.exists(redis.keys.lease)
+
+
+async def test_a_store_that_hangs_at_the_start_has_a_bound(
+    redis: RedisCoordinator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.lease.STORED_S", 0.3)
+    hangs = threading.Event()
+    async with asyncio.timeout(BOUND_S / 2):
+        with pytest.raises(WeightsError, match=r"weight store.*has not answered for 0\.3 s"):
+            async with hold(redis, lambda: [hangs.wait(BOUND_S)], redis.keys.run, nothing):
+                raise AssertionError
+    hangs.set()
 
 
 async def test_what_is_given_back_is_not_taken_again(redis: RedisCoordinator) -> None:

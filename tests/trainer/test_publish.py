@@ -3,7 +3,8 @@
 1. Files, then the lease once more, then the manifest, then the announcement, as seen from outside.
 2. A trainer that was overtaken on the way leaves no manifest, or one that nobody hears of.
 3. Redis emptied between two versions, or away during one: nothing is lost, and the wait has a bound.
-4. A store that is away is tried again; one that refuses is not. An attempt whose answer was lost counts.
+4. A store that is away is tried again; one that refuses is not. An attempt whose answer was lost counts. One that
+   hangs has a bound on the time in which nothing moves, and holds up neither Ctrl-C nor the end of the process.
 5. No number is used twice: of what was begun, announced, held or checkpointed, the next is above all.
 6. Of two publishers of one version, one succeeds, and the version is whole and that one's.
 7. Cancelled on the way, it leaves no manifest.
@@ -19,6 +20,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -29,6 +31,7 @@ import torch
 from support import running_redis
 from torch import Tensor
 
+from shared import coordination
 from shared.chain import Chain, Held, write_full
 from shared.coordination import RedisCoordinator
 from shared.digests import sha256
@@ -38,6 +41,7 @@ from shared.manifest import Manifest
 from shared.shards import tensor_entries, verify_tensors
 from shared.store import FsspecStore
 from trainer.collection import Collector, superseded
+from trainer.encoding import encode_version
 from trainer.lease import hold
 from trainer.publish import Publisher
 
@@ -55,14 +59,14 @@ class Store(FsspecStore):
         self.place = folder / "run"
 
     def publish(
-        self, manifest: Manifest, folder: Path, *, before_manifest: Callable[[], None]
+        self, manifest: Manifest, folder: Path, *, before_manifest: Callable[[], None], **rest: Any
     ) -> None:
         def between() -> None:
             self.hook("files")
             before_manifest()
 
         self.hook("begin")
-        super().publish(manifest, folder, before_manifest=between)
+        super().publish(manifest, folder, before_manifest=between, **rest)
         self.hook("done")
 
     def names(self, version: int) -> set[str]:
@@ -152,6 +156,23 @@ async def test_bytes_are_durable_before_anyone_hears(redis: RedisCoordinator, st
     assert min(report.encode_s, report.store_s, report.announce_s) > 0
 
 
+async def test_a_store_on_this_machine_gets_no_second_copy(
+    redis: RedisCoordinator, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: set[int] = set()
+    store.hook = lambda stage: made.update(
+        path.stat().st_ino for path in store.place.glob(".publish-*/weights-*")
+    )
+    async with publishing(redis, store) as publisher:
+        await publisher.publish(0, weights(0))
+    (file,) = store.manifest(0).files
+    kept = (store.place / "v000000" / file.name).stat()
+    assert made == {kept.st_ino}
+    assert (kept.st_nlink, kept.st_mode & 0o777) == (1, 0o644)
+    assert [path.name for path in store.place.iterdir()] == ["v000000"]
+    verify_tensors(store.fetch(store.manifest(0), tmp_path / "fetched"), store.manifest(0))
+
+
 @pytest.mark.parametrize("stage", ["files", "done"])
 async def test_an_overtaken_trainer_announces_nothing(
     redis: RedisCoordinator, redis_url: str, store: Store, stage: str
@@ -222,6 +243,8 @@ async def test_a_trainer_killed_in_the_middle_leaves_a_number_that_is_skipped(
 ) -> None:
     assert await says(process) == "files"
     process.kill()
+    process.wait()
+    assert list(store.place.glob(".publish-*/weights-*"))
     said: list[str] = []
     async with publishing(redis, store, status=said.append) as publisher:
         assert any("to see whether it lives" in line for line in said)
@@ -230,6 +253,7 @@ async def test_a_trainer_killed_in_the_middle_leaves_a_number_that_is_skipped(
         await publisher.publish(version, weights(8))
         await publisher.collect(version)
         assert store.numbers() == store.versions() == [8]
+        assert [path.name for path in store.place.iterdir()] == ["v000008"]
 
 
 async def test_redis_emptied_between_two_versions(redis: RedisCoordinator, store: Store) -> None:
@@ -304,6 +328,23 @@ async def test_a_store_that_is_away_is_tried_again(redis: RedisCoordinator, stor
     ]
 
 
+async def test_a_store_that_takes_no_folder_is_tried_again(
+    redis: RedisCoordinator, store: Store
+) -> None:
+    said: list[str] = []
+
+    def status(text: str) -> None:
+        said.append(text)
+        store.place.unlink(missing_ok=True)
+
+    store.place.parent.mkdir()
+    store.place.write_text("in the way")
+    async with publishing(redis, store, status=status) as publisher:
+        head = await publisher.publish(0, weights(0))
+    assert await redis.head() == head
+    assert "version 0 waits: files of version 0" in said[0]
+
+
 async def test_an_attempt_whose_answer_was_lost_counts(
     redis: RedisCoordinator, store: Store
 ) -> None:
@@ -317,6 +358,59 @@ async def test_an_attempt_whose_answer_was_lost_counts(
     assert await redis.head() == head
 
 
+async def test_a_store_that_hangs_has_a_bound(redis: RedisCoordinator, store: Store) -> None:
+    hangs = threading.Event()
+    said: list[str] = []
+
+    def hang(stage: str) -> None:
+        if stage == "files":
+            hangs.wait(BOUND_S)
+
+    async with publishing(redis, store, wait_s=0.5, status=said.append) as publisher:
+        store.hook = hang
+        async with asyncio.timeout(BOUND_S / 2):
+            with pytest.raises(WeightsError, match=r"version 0: nothing has moved for 0\.5 s"):
+                await publisher.publish(0, weights(0))
+        hangs.set()
+        async with asyncio.timeout(BOUND_S):
+            while any(thread.name == "spoke-work" for thread in threading.enumerate()):
+                await asyncio.sleep(0.01)
+        assert store.versions() == []  # who was left behind makes no manifest
+        for name, call in (("numbers", publisher.next_version), ("numbers", publisher.collect)):
+            hangs.clear()
+            setattr(store, name, lambda: [hangs.wait(BOUND_S)])
+            arguments = [0] if call == publisher.collect else []
+            async with asyncio.timeout(BOUND_S / 2):
+                with contextlib.suppress(WeightsError):
+                    await call(*arguments)
+                    assert "has not answered for 0.5 s" in said.pop()
+        await publisher.collect(0)
+        assert "still hangs" in said.pop()
+        hangs.set()
+
+
+async def test_a_slow_store_that_moves_is_waited_for(
+    redis: RedisCoordinator, tmp_path: Path
+) -> None:
+    class Slow(FsspecStore):
+        def publish(self, *args: Any, moved: Callable[[], None], **rest: Any) -> None:
+            for _ in range(6):
+                threading.Event().wait(0.3)
+                moved()
+            super().publish(*args, moved=moved, **rest)
+
+    store: Any = Slow(f"file://{tmp_path / 'store'}", "run")
+    async with publishing(redis, store, wait_s=1.2) as publisher:
+        await publisher.publish(0, weights(0))
+    assert store.versions() == [0]
+
+
+async def test_a_store_that_hangs_does_not_hold_up_an_interrupt(process: Any) -> None:
+    assert await says(process) == "files"  # and now it hangs
+    process.send_signal(signal.SIGINT)
+    assert await asyncio.to_thread(process.wait, BOUND_S) in (1, 130, -signal.SIGINT)
+
+
 async def test_a_number_that_is_taken_is_refused_at_once(
     redis: RedisCoordinator, store: Store
 ) -> None:
@@ -326,6 +420,22 @@ async def test_a_number_that_is_taken_is_refused_at_once(
             with pytest.raises(WeightsError, match="in the store already"):
                 await publisher.publish(0, weights(1))
         assert (await redis.head() or Head).weights_digest == store.manifest(0).weights_digest  # type: ignore[union-attr]
+
+
+async def test_who_was_overtaken_hears_of_that_and_not_of_the_number(
+    redis: RedisCoordinator, redis_url: str, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was stopped for longer than its lease; the other one lives, and has used the number."""
+    monkeypatch.setattr(coordination, "LEASE_S", SHORT_LEASE_S)
+    other = RedisCoordinator(redis_url, redis.keys.run)
+    async with publishing(redis, store) as publisher:
+        await publisher.publish(0, weights(0))
+        await redis._redis.delete(redis.keys.lease)
+        async with publishing(other, Store(store.place.parent)) as overtakes:
+            await overtakes.publish(1, weights(2))
+            with pytest.raises(LeaseError, match="taken over"):
+                await publisher.publish(1, weights(1))
+    await other.close()
 
 
 async def test_of_two_publishers_of_one_version_one_succeeds(
@@ -402,6 +512,33 @@ async def test_a_cancelled_publish_leaves_no_version(redis: RedisCoordinator, st
         await publisher.publish(1, weights(1))
         await publisher.collect(1)
     assert store.versions() == store.numbers() == [1]
+
+
+async def test_a_publish_cancelled_while_its_files_are_made_leaves_none(
+    redis: RedisCoordinator, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def encode(*args: Any, **options: Any) -> Any:
+        begun.set()
+        go_on.wait(BOUND_S)
+        return encode_version(*args, **options)
+
+    monkeypatch.setattr("trainer.publish.encode_version", encode)
+    async with publishing(redis, store) as publisher:
+        task = asyncio.create_task(publisher.publish(0, weights(0)))
+        assert await asyncio.to_thread(begun.wait, BOUND_S)
+        task.cancel()
+        await asyncio.wait({task})
+        assert len(made_in(store.place)) == 1
+        go_on.set()
+        async with asyncio.timeout(BOUND_S):
+            while made_in(store.place):
+                await asyncio.sleep(0.01)
+
+
+def made_in(folder: Path) -> list[Path]:
+    return list(folder.iterdir())
 
 
 def steps(count: int) -> list[dict[str, Tensor]]:
@@ -519,6 +656,16 @@ def test_what_can_go(versions: dict[int, bool], held: list[int], keep: int, firs
     assert gone == [version for version in sorted(versions) if version < first]
 
 
+@pytest.mark.parametrize(
+    ("needed", "first"),
+    [([20], 20), ([10], 10), ([15], 10), ([9], 20), ([9, 20, 15], 10), ([], 20)],
+)
+def test_what_is_being_fetched_stays_for_two_anchors(needed: list[int], first: int) -> None:
+    versions = anchors(0, 10, 20, 30, until=33)
+    gone = superseded(versions, [29], 1, needed)  # 29 keeps its anchor, 20
+    assert gone == [version for version in sorted(versions) if version < first]
+
+
 async def test_collection_spares_what_live_servers_need(
     redis: RedisCoordinator, store: Store
 ) -> None:
@@ -529,6 +676,11 @@ async def test_collection_spares_what_live_servers_need(
         (store.place / "v000005").mkdir()  # being published now
         await redis.report(record("behind", 2))
         await redis.report(record("fresh", 0, digest=""))
+        joiner = record("joiner", 0, digest="").model_copy(update={"needs": 1})
+        await redis.report(joiner)
+        await publisher.collect(4)
+        assert store.versions() == [1, 2, 4]
+        await redis.report(joiner.model_copy(update={"needs": None}))
         await publisher.collect(4)
         assert store.versions() == [2, 4]
         assert store.numbers() == [2, 4, 5]
@@ -552,6 +704,69 @@ async def test_collection_waits_for_a_redis_that_is_away(store: Store) -> None:
             await publisher.collect(1)
             assert store.versions() == [1]
         await redis.close()
+
+
+async def test_collecting_asks_the_store_once(redis: RedisCoordinator, store: Store) -> None:
+    """One listing, however many versions are kept: an object store is asked over a network."""
+    calls: list[str] = []
+
+    def count(name: str) -> None:
+        plain = getattr(store, name)
+
+        def counted(*args: Any) -> Any:
+            calls.append(name)
+            return plain(*args)
+
+        setattr(store, name, counted)
+
+    for name in ("numbers", "versions", "manifest"):
+        count(name)
+    async with publishing(redis, store, keep=5) as publisher:
+        for version in range(8):
+            await publisher.publish(version, weights(version))
+            calls.clear()
+            if version < 5:
+                await publisher.collect(version)
+                assert calls == ["numbers"]
+        await publisher.collect(7)
+        assert store.versions() == [3, 4, 5, 6, 7]
+
+
+async def test_collecting_holds_nobody_up(redis: RedisCoordinator, store: Store) -> None:
+    hangs, asked, plain = threading.Event(), threading.Semaphore(0), store.numbers
+    said: list[str] = []
+
+    def numbers() -> list[int]:
+        asked.release()
+        hangs.wait(BOUND_S)
+        return plain()
+
+    async with publishing(redis, store, keep=1, status=said.append) as publisher:
+        for version in range(3):
+            await publisher.publish(version, weights(version))
+        store.numbers = numbers  # type: ignore[method-assign]
+        publisher.collect_soon(1)
+        publisher.collect_soon(2)  # never two at once
+        assert await asyncio.to_thread(asked.acquire, timeout=BOUND_S)
+        await publisher.publish(3, weights(3))
+        assert not asked.acquire(blocking=False)
+        hangs.set()
+        await publisher.close()
+        assert store.versions() == [1, 2, 3]
+        store.numbers = plain  # type: ignore[method-assign]
+        delete = store.delete
+        store.delete = away  # type: ignore[method-assign]
+        publisher.collect_soon(3)
+        await publisher.close()
+        assert said == ["old versions stay: away"]
+        store.delete = delete  # type: ignore[method-assign]
+        publisher.collect_soon(3)
+        await publisher.close()
+    assert store.versions() == [3]
+
+
+def away(version: int) -> None:
+    raise WeightsError("away")
 
 
 async def test_a_manifest_that_could_not_be_read_is_read_again(

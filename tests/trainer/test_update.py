@@ -1,15 +1,17 @@
 """One update on odd batches: finite everywhere, and the policy moves only where something participates."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from tests.numerics import naive
 from trainer.algorithms import Segment
+from trainer.losses import OffPolicy
 from trainer.optimizer import PolicyOptimizer
 from trainer.policy import load_policy
-from trainer.settings import TrainerSettings
+from trainer.settings import Correction, TrainerSettings
 from trainer.update import Learner
 
 SURE, UNSURE = [0.0], [-1.5]
@@ -93,6 +95,17 @@ def test_a_batch_far_from_its_behaviour_takes_no_step(model):
     assert report.skipped_for == "ratio"
     assert not moved
     assert one.optimizer.skipped == 1
+
+
+def test_a_batch_whose_tokens_are_all_masked_takes_no_step(model):
+    """Momentum of the steps before it would move the weights by itself."""
+    one = learner(model, mask=None, whiten="off")
+    assert update(one, segments([3, 2], [1.0, -1.0], [UNSURE, UNSURE]))[1]
+    one = replace(one, off_policy=OffPolicy(correction=Correction.MASKED, limit=1.5))
+    report, moved = update(one, segments([3, 2], [1.0, -1.0], [[-30.0], [-25.0]]))
+    assert report.means["limited"] == 1.0
+    assert report.skipped_for == "nothing participates"
+    assert not moved
 
 
 def test_kl_alone_pulls_back_to_the_reference(model):

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import logging
 import random
 import time
 from collections.abc import AsyncGenerator, Iterable
@@ -12,20 +11,17 @@ from typing import Any, Self
 import httpx
 from pydantic import TypeAdapter, ValidationError
 
-from shared.errors import CoordinationError, FleetError, RequestError
+from shared.errors import FleetError, RequestError
 from shared.wire import RolloutTreeRequest, RolloutTreeResponse
 from trainer.client.attempt import ask, get
 from trainer.client.connection import checked_urls, open_http
 from trainer.client.identity import question_key, repeatable
+from trainer.client.listing import REFRESH_S, Listing
 from trainer.client.reading import CallbackError, Listener, OnNode
 from trainer.client.resume import Kept, refuses_nodes
 from trainer.client.retries import Failure, failure, problem
 from trainer.client.routing import ListServers, Router, Target, Trail, fixed
 
-log = logging.getLogger("spoke.client")
-
-REFRESH_S = 0.5
-"""How long a list of servers is used before it is asked for again, seconds."""
 JITTER_S = 0.05
 JITTER = 0.25
 """Share of a wait that is added at random, so that requests refused together do not return together."""
@@ -66,11 +62,10 @@ class AsyncClient:
         self._timeout_s = timeout_s
         self._slots = asyncio.Semaphore(concurrency)
         self._router = Router(slack=affinity_slack)
-        self._listed_at = float("-inf")
+        self._listing = Listing(self._list, self._router)
         self._random = random.Random()
         self._reproducible = reproducible
         self._keep_nodes = keep_nodes
-        self._away: str | None = None
         self._freed = asyncio.Event()
         self._http = open_http(token, concurrency)
 
@@ -82,6 +77,7 @@ class AsyncClient:
 
     async def close(self) -> None:
         """Close the connections."""
+        await self._listing.close()
         await self._http.aclose()
 
     async def rollout_tree(
@@ -113,7 +109,7 @@ class AsyncClient:
             deadline = _now() + self._timeout_s
             reason = "no live server is ready"  # until there is another
             while _now() < deadline:
-                await self._refresh()
+                await self._listing.refresh(deadline)
                 choice = self._router.choose(
                     key, version=request.min_weight_version, now=_now(), trail=trail
                 )
@@ -131,7 +127,7 @@ class AsyncClient:
                     raise answer.error
                 reason = f"{choice.url}: {answer.reason}"
                 self._note(choice.url, answer, trail)
-        reason = f"{reason}; {self._away}" if self._away else reason
+        reason = f"{reason}; {self._listing.away}" if self._listing.away else reason
         raise FleetError(f"no tree within {self._timeout_s:g} s; the last reason: {reason}")
 
     async def rollout_trees(
@@ -210,22 +206,6 @@ class AsyncClient:
     async def _urls(self) -> list[str]:
         return [target.url for target in await self._list()]
 
-    async def _refresh(self) -> None:
-        """Ask who is alive, where what is known is old; requests that come meanwhile use what is known.
-
-        So do all while nobody can be asked: servers go on without Redis.
-        """
-        if _now() - self._listed_at > REFRESH_S or not self._router.any:
-            self._listed_at = _now()
-            try:
-                self._router.update(await self._list())
-            except CoordinationError as error:
-                if self._away is None:
-                    log.warning("%s; going on with the servers known so far", error)
-                self._away = str(error)
-            else:
-                self._away = None
-
     async def _pause(self, wait_s: float | None, deadline: float) -> None:
         """Until a server may be asked, or one of our trees has ended, or the list may be another."""
         wait_s = REFRESH_S if wait_s is None else min(wait_s, REFRESH_S)
@@ -242,7 +222,7 @@ class AsyncClient:
         if failed.whole_server:
             wait_of_all = self._router.failed(url, now, failed.retry_after_s)
             if failed.retry_after_s is None:
-                self._listed_at = float("-inf")  # it may be dead: ask who lives
+                self._listing.expire()  # it may be dead: ask who lives
         elif failed.full:
             wait_of_all = self._router.full(url, now, failed.retry_after_s)
         # A jitter after all others may ask again: those that failed together do not return together.

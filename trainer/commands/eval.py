@@ -20,13 +20,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from shared.answers import ANSWERS
 from shared.coordination import RedisCoordinator
-from shared.errors import ConfigError, CoordinationError, RequestError
+from shared.errors import ConfigError, CoordinationError, NoTreeError, RequestError
 from shared.wire import GroupPlan, RolloutTreeRequest, RolloutTreeResponse
 from trainer.data import Question, load, usual
 from trainer.estimators import default_ks
 from trainer.evaluate import ask_all
 from trainer.evaluation_report import (
     EvalSummary,
+    Lost,
     Refused,
     as_json,
     headline,
@@ -65,7 +66,8 @@ class Evaluation:
     ks: list[int]
     file: SampleFile
     refused: list[Refused] = field(default_factory=list)
-    first_refusal: RequestError | None = None
+    lost: list[Lost] = field(default_factory=list)
+    first_failure: RequestError | NoTreeError | None = None
 
     @property
     def answered(self) -> int:
@@ -87,12 +89,12 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate and print a table, or JSON.
 
     Returns:
-        0; 1 where servers refused some of the questions; 130 after Ctrl-C.
+        0; 1 where servers refused some of the questions, or did not answer them; 130 after Ctrl-C.
 
     Raises:
         ConfigError: an argument, the data or `--out` cannot be used.
         RequestError: the servers refused every question.
-        CoordinationError: no server answers; what was sampled is kept.
+        CoordinationError: no server is ready, or none answered any question; what was sampled is kept.
     """
     evaluation = prepare(args)
     before = versions_of(evaluation.file.groups)
@@ -105,19 +107,22 @@ def run(args: argparse.Namespace) -> int:
     except CoordinationError as error:
         raise CoordinationError(f"{error}; {evaluation.kept}") from None
     if not evaluation.answered:
-        assert evaluation.first_refusal is not None, "a question is answered, refused, or raises"
-        raise evaluation.first_refusal
+        assert evaluation.first_failure is not None, (
+            "a question is answered, refused, lost, or raises"
+        )
+        raise evaluation.first_failure
     summary = summarise_samples(
         evaluation.settings,
         {q.id: evaluation.file.groups[q.id] for q in evaluation.questions if q.id in evaluation.file.groups},
         ks=evaluation.ks,
         votes=evaluation.settings.reward in ANSWERS,
         refused=evaluation.refused,
+        lost=evaluation.lost,
         before=before,
         seconds=time.monotonic() - started,
     )  # fmt: skip
     show(summary, evaluation.file, as_object=args.json)
-    return 1 if evaluation.refused else 0
+    return 1 if evaluation.refused or evaluation.lost else 0
 
 
 def prepare(args: argparse.Namespace) -> Evaluation:
@@ -198,12 +203,19 @@ async def sample(evaluation: Evaluation, args: argparse.Namespace) -> None:
             progress.update(task, advance=1, description=f"mean reward {mean:.3f}")
 
         def on_refusal(place: int, error: RequestError) -> None:
-            evaluation.first_refusal = evaluation.first_refusal or error
+            evaluation.first_failure = evaluation.first_failure or error
             evaluation.refused.append(Refused.of(missing[place], error))
             progress.advance(task)
 
+        def on_lost(place: int, error: NoTreeError) -> None:
+            evaluation.first_failure = evaluation.first_failure or error
+            evaluation.lost.append(Lost(question_id=missing[place].id, detail=str(error)))
+            progress.advance(task)
+
         async with fleet_of(args, args.timeout) as fleet:
-            await ask_all(fleet, requests, on_answer=on_answer, on_refusal=on_refusal)
+            await ask_all(
+                fleet, requests, on_answer=on_answer, on_lost=on_lost, on_refusal=on_refusal
+            )
 
 
 def requests_of(settings: EvalSettings, questions: Sequence[Question]) -> list[RolloutTreeRequest]:
