@@ -16,8 +16,8 @@ RATIOS = {
     "worst step": 42.0,
 }
 """Full bytes over delta bytes on SmolLM2-135M (LOG.md, `tests/benchmarks/delta.py`): steps 50-52 from masters that
-are not exact in bf16 (449-452, 124-125), and their first step at 1e-5, the worst. That larger models change the same
-share is an assumption."""
+are not exact in bf16 (449-452, 124-125), and their first step at 1e-5, the worst. That larger models change the
+same share is an assumption."""
 CHANGED = {
     "lr 1e-6": 0.0043,
     "lr 1e-5": 0.0154,
