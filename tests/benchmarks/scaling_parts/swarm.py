@@ -1,12 +1,10 @@
 """One version on its way to a fleet, event by event: who claims which source, and how bytes share its uplink.
 
-<<<<<<< HEAD
-The rules are those of `shared/lua/claim_source.lua` and of the fetcher: a source has a few slots; a server
-that finds none free asks again a little later, and each time looks at a few sources at random; a version is
-handed on only once it is whole and verified; a claim of a server that died expires; a server whose source
-died keeps its bytes and goes to another. Time is simulated. One rule is not: the real store is given to
-nobody any more once a server holds the version, so that fewer copies leave it than here, and the first rounds
-are a little slower.
+The rules are those of `shared/lua/claim_source.lua` and of the fetcher: a source has a few slots; a server that
+finds none free asks again a little later, and each time looks at a few sources at random; a version is handed on
+only once it is whole and verified; a claim of a server that died expires; a server whose source died keeps its
+bytes and goes to another. Time is simulated. One rule is not: the real store is given to nobody any more once a
+server holds the version, so that fewer copies leave it than here, and the first rounds are a little slower.
 """
 
 import heapq
