@@ -219,6 +219,9 @@ class Follower:
                 head = self.status.standing.head
                 if not await self._take_newest():
                     await self._pause(head)
+                elif self.taker.untidy:
+                    # A server that is always one version behind would otherwise never come to it.
+                    await self.taker.tidy()
 
     async def _broadcast_came(self) -> bool:
         """Where the engine is in a group, wait a moment for the newest version to come so. A trainer that

@@ -31,6 +31,8 @@ log = logging.getLogger("spoke.follower")
 
 T = TypeVar("T")
 
+UNTIDY = 5
+"""Deltas of a chain that is tidied without waiting for a quiet moment."""
 TAKE_S = 3600.0
 """Bound of one version's fetch, and of its decoding, seconds; a fetch goes on from where it was cut off. An engine
 that hangs in a swap is the watch's concern (`server.life`): one that is cut off would leave nobody knows what."""
@@ -138,6 +140,11 @@ class Taker:
                 apply_s=report.apply_s,
             )
         )
+
+    @property
+    def untidy(self) -> bool:
+        """Is the chain so long that it is tidied even where a newer version waits?"""
+        return self._chain is not None and len(self._chain.deltas) >= UNTIDY
 
     async def tidy(self) -> None:
         """Make an anchor that came by its shortcut whole, delete what is not needed, shorten a long chain.

@@ -9,7 +9,6 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import BinaryIO
 
 _LOCK = ".lock"
 _BORN = ".new-"
@@ -17,7 +16,7 @@ _BORN = ".new-"
 
 
 class Scratch:
-    """A new folder, deleted when it is closed, or by whoever makes the next one after this process was killed.
+    """A new folder, deleted when it is closed, or else by whoever makes the next one once this process is gone.
 
     Args:
         root: takes the folder; made where it is missing.
@@ -39,22 +38,22 @@ class Scratch:
         """Delete the folder, as far as that can be done."""
         _delete(self.folder)
         if self._lock is not None:
-            self._lock.close()
+            os.close(self._lock)
+            self._lock = None
 
 
-def _locked(path: Path, flags: int = 0) -> BinaryIO | None:
-    """The lock, ours; None where another process has it, or the file system knows none."""
+def _locked(path: Path, flags: int = 0) -> int | None:
+    """The lock, ours while the descriptor is open; None where another process has it, or there are no locks."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | flags, 0o600)
     except OSError:
         return None
-    stream = os.fdopen(descriptor, "rb+", buffering=0)
     try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        stream.close()
+        os.close(descriptor)
         return None
-    return stream
+    return descriptor
 
 
 def _sweep(root: Path, prefix: str) -> None:
@@ -65,8 +64,10 @@ def _sweep(root: Path, prefix: str) -> None:
                 continue
             lock = _locked(folder / _LOCK)
             if lock is not None:
-                with lock:
+                try:
                     _delete(folder)
+                finally:
+                    os.close(lock)
 
 
 def _delete(folder: Path) -> None:

@@ -13,6 +13,7 @@ from shared.fleet import Head, ServerRecord
 from shared.wire import RolloutTreeRequest, RolloutTreeResponse
 from trainer.client import AsyncClient, ListServers, Target, fixed
 from trainer.patience import MOST_PAUSED, Patience
+from trainer.roll_call import not_serving
 from trainer.watch import Watch
 
 __all__ = [
@@ -144,12 +145,13 @@ async def wait_for_servers(
     """
     deadline = time.monotonic() + timeout_s
     while True:
-        records = [r for r in await coordinator.servers() if r.state.serves]
+        alive = await coordinator.servers()
+        records = [r for r in alive if r.state.serves]
         if len(records) >= count:
             return records
         if time.monotonic() > deadline:
             raise FleetError(
-                f"{len(records)} of {count} servers are ready after {timeout_s:.0f} s; start "
+                f"{len(records)} of {count} servers are ready{not_serving(alive)} after {timeout_s:.0f} s; start "
                 "`python -m server --redis-url … --run …` with the same run, or lower fleet.min_servers"
             )
         await asyncio.sleep(0.1)

@@ -1,18 +1,20 @@
 """How the trainer waits for others: with a message, and never for ever.
 
 Below `min_servers`, or while Redis is away, the run pauses and says so; it goes on by itself when they are back,
-and stops with one line after `pause_s`.
+and stops with one line after `pause_s`. Where enough servers live and all that do not serve report errors, waiting
+helps nobody: it stops after `wait_s`.
 """
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Collection, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from shared.coordination import is_away
 from shared.errors import CoordinationError, FleetError
-from shared.fleet import Head, ServerRecord
+from shared.fleet import Head, ServerRecord, ServerState
+from trainer.roll_call import named, not_serving
 
 T = TypeVar("T")
 Servers = Callable[[], Awaitable[list[ServerRecord]]]
@@ -21,8 +23,8 @@ Servers = Callable[[], Awaitable[list[ServerRecord]]]
 POLL_S = 0.02
 PAUSED_POLL_S = 0.25
 """While paused, where nothing is urgent."""
-MOST_NAMES = 8
-"""Servers named in one line; of more there is a number alone."""
+QUIET_S = 10.0
+"""So long nobody is told that servers which live and report no error do not serve yet: they take a version."""
 READ_SHARE = 10
 """A look at the fleet is followed by a rest of at least so many times what it took: the table may be long."""
 MOST_REST_S = 1.0
@@ -41,7 +43,7 @@ class Patience:
     Args:
         servers: lists the live servers.
         min_servers: below so many that serve, the run pauses.
-        wait_s: bound of the wait for a version to reach the servers that live.
+        wait_s: bound of the wait for a version to reach the servers that live, and for those that report errors.
         pause_s: bound of a pause.
         tell: shows a line that stays.
     """
@@ -87,7 +89,7 @@ class Patience:
         """Wait until `min_servers` serve; whether that took a pause.
 
         Raises:
-            FleetError: they did not come back within `pause_s`.
+            FleetError: they did not come back within `pause_s`, or report errors for longer than `wait_s`.
             CoordinationError: Redis was away for longer.
         """
         pause = _Pause(patience=self)
@@ -135,8 +137,9 @@ class Patience:
             Records of the servers that hold it.
 
         Raises:
-            FleetError: too few servers are alive for longer than `pause_s`, or enough are and too few of them hold
-                the head within `wait_s`; it names what the others say.
+            FleetError: too few servers serve for longer than `pause_s`, or those that could report errors for
+                longer than `wait_s`; or enough serve and too few of them hold the head within `wait_s`. It names
+                what the others say.
             CoordinationError: Redis was away for longer than `pause_s`.
         """
         pause = _Pause(patience=self)
@@ -188,7 +191,7 @@ class Patience:
         before, self._served = self._served, serving
         if before is not None and before != serving:
             changes = [(before - serving, "gone"), (serving - before, "new")]
-            told = ", ".join(f"{_named(names)} {what}" for names, what in changes if names)
+            told = ", ".join(f"{named(names)} {what}" for names, what in changes if names)
             self.tell(f"servers: {told}; {len(serving)} serve")
 
     async def _records(self) -> list[ServerRecord]:
@@ -214,6 +217,10 @@ class _Pause:
     spent_s: float = 0.0
     """In those that ended."""
     said: bool = False
+    blamed: set[str] = field(default_factory=set)
+    """Servers whose errors were told."""
+    hopeless_since: float | None = None
+    """From when on all that could serve report errors."""
 
     def begin(self) -> None:
         """From now on, unless a pause is on."""
@@ -239,28 +246,43 @@ class _Pause:
         if self.said:
             self.patience.tell(text)
         self.spent_s += time.monotonic() - self.since
-        self.since, self.said = None, False
+        self.since, self.said, self.hopeless_since = None, False, None
+        self.blamed.clear()
         return True
 
     def wait_for_servers(self, records: Sequence[ServerRecord]) -> None:
-        wanted, bound = self.patience.min_servers, self.patience.pause_s
-        others = [f"{r.server_id} {r.state}" for r in records if not r.state.serves]
-        text = f"{len(records) - len(others)} of {wanted} servers serve"
-        if others:
-            text += f" ({_named(others)})"
+        """Too few serve: say so, and what keeps them; again when another one reports an error.
+
+        Raises:
+            FleetError: this has lasted too long.
+        """
         self.begin()
+        wanted, bound = self.patience.min_servers, self.patience.pause_s
+        alive = [r for r in records if r.state is not ServerState.DRAINING]
+        idle = [r for r in alive if not r.state.serves]
+        failing = {r.server_id for r in idle if r.last_error}
+        enough = len(alive) >= wanted
+        text = f"{len(alive) - len(idle)} of {wanted} servers serve{not_serving(records)}"
+        self._judge(text, hopeless=enough and len(failing) == len(idle))
         if self.over:
             raise FleetError(
                 f"{text} after a pause of {bound:.0f} s; start servers, then --resume, or lower "
                 "fleet.min_servers"
             )
+        assert self.since is not None, "it has begun"
+        if enough and not failing and time.monotonic() - self.since < QUIET_S:
+            return
+        if failing - self.blamed:
+            self.blamed |= failing
+            self.said = False
         self.say(f"{text}; waiting, at most {bound:.0f} s")
 
-
-def _named(names: Collection[str]) -> str:
-    """Names in order; of many their number.
-
-    >>> _named({"b", "a"}), _named([str(n) for n in range(100)])
-    ('a, b', '100')
-    """
-    return str(len(names)) if len(names) > MOST_NAMES else ", ".join(sorted(names))
+    def _judge(self, text: str, *, hopeless: bool) -> None:
+        """Give up where nobody comes by waiting."""
+        now, bound = time.monotonic(), self.patience.wait_s
+        since = now if self.hopeless_since is None else self.hopeless_since
+        self.hopeless_since = since if hopeless else None
+        if hopeless and now - since > bound:
+            raise FleetError(
+                f"{text}, and those that live report errors for {bound:.0f} s; mend that, then --resume"
+            )

@@ -7,6 +7,7 @@ announcing. A Redis or a store that is away makes a version wait, for a bounded 
 import asyncio
 import contextlib
 import tempfile
+import threading
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
@@ -185,11 +186,15 @@ class Publisher:
         self, version: int, tensors: Mapping[str, Tensor]
     ) -> tuple[EncodedVersion, Scratch]:
         """A version in files: beside the store where that is a folder here, so that they need only be linked."""
-        bound = max(self._wait_s, ENCODE_S)
-        return await asked(self._place, bound, self._encode, version, tensors)
+        bound, given_up = max(self._wait_s, ENCODE_S), threading.Event()
+        try:
+            return await asked(self._place, bound, self._encode, version, tensors, given_up)
+        except BaseException:
+            given_up.set()
+            raise
 
     def _encode(
-        self, version: int, tensors: Mapping[str, Tensor]
+        self, version: int, tensors: Mapping[str, Tensor], given_up: threading.Event
     ) -> tuple[EncodedVersion, Scratch]:
         beside, previous = self._store.beside, self._previous
         root = Path(tempfile.gettempdir()) if beside is None else beside
@@ -211,6 +216,8 @@ class Publisher:
         except WeightsError:
             scratch.close()
             raise
+        if given_up.is_set():
+            scratch.close()
         return made, scratch
 
     async def _write(self, manifest: Manifest, folder: Path) -> None:

@@ -193,7 +193,7 @@ async def test_no_tree_grows_while_nobody_counts_seconds(
     counted = sum(
         s for phase, s in summary.seconds.items() if phase not in ("measure", "checkpoint")
     )
-    assert seconds[-1] == pytest.approx(counted)
+    assert seconds[-1] == pytest.approx(counted, abs=0.05)
 
 
 async def test_trees_older_than_allowed_are_dropped_and_counted(

@@ -62,10 +62,12 @@ def own_redis() -> Iterator[RedisProcess]:
 class Member:
     """One server's follower on a fake engine."""
 
-    def __init__(self, run: Run, folder: Path | None, stack: contextlib.AsyncExitStack) -> None:
+    def __init__(
+        self, run: Run, folder: Path | None, stack: contextlib.AsyncExitStack, name: str = "s"
+    ) -> None:
         self.run, self.folder, self.stack = run, folder, stack
         self.engine = FakeEngine()
-        self.status = Status(server_id="s")
+        self.status = Status(server_id=name)
         self.holder = Holder(self.status)
         self.follower: Follower
         self.peers = True
@@ -554,7 +556,7 @@ async def test_what_a_killed_server_left_is_deleted(
         (kept,) = temporary(tmp_path)
         assert (kept / run.name / f"v{head.version:06d}" / "manifest.json").exists()
         async with contextlib.AsyncExitStack() as other_stack:
-            await Member(run, None, other_stack).start()
+            await Member(run, None, other_stack, "other").start()
             assert len(temporary(tmp_path)) == 2
         assert temporary(tmp_path) == [kept]
     assert not kept.exists()

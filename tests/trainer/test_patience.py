@@ -89,11 +89,14 @@ async def test_who_does_not_serve_is_not_waited_for(state: ServerState) -> None:
     assert said == []
 
 
-async def test_those_that_take_their_first_version_are_named() -> None:
+async def test_those_that_take_their_first_version_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("trainer.patience.QUIET_S", 0.0)
     new = [record("a", 0, ServerState.STALE), record("b", 0, ServerState.LOADING)]
     waiting, said = patience(new, [record("a"), record("b")])
     await waiting.followed(HEAD)
-    assert said[0] == "0 of 1 servers serve (a stale, b loading); waiting, at most 5 s"
+    assert said[0] == "0 of 1 servers serve (a stale; b loading); waiting, at most 5 s"
 
 
 async def test_who_came_and_who_went_is_told_once() -> None:
@@ -212,6 +215,94 @@ async def test_a_long_table_is_read_less_often(monkeypatch: pytest.MonkeyPatch) 
     waiting.servers = servers
     await waiting.followed(HEAD)
     assert len(looks) == 11  # one in 0.33 s
+
+
+STALE = ServerState.STALE
+NO_MANIFEST = "version 2: no readable manifest"
+
+
+async def test_who_lives_and_reports_an_error_is_named_when_it_does_and_at_the_end() -> None:
+    """As where the store is a folder of the trainer's machine alone."""
+    loading = record("b", 0, ServerState.LOADING)
+    failing = [record("a", 0, STALE, NO_MANIFEST), loading]
+    waiting, said = patience([], [loading], failing, min_servers=2, pause_s=1.0)
+    with pytest.raises(FleetError) as ended:
+        await waiting.followed(HEAD)
+    why = f"0 of 2 servers serve (a stale: {NO_MANIFEST}; b loading)"
+    assert said == [
+        "0 of 2 servers serve; waiting, at most 1 s",
+        f"{why}; waiting, at most 1 s",
+    ]
+    assert str(ended.value).startswith(f"{why} after a pause of 1 s; start servers")
+
+
+async def test_of_many_that_report_errors_one_is_named() -> None:
+    many = [record(f"s{n}", 0, STALE, NO_MANIFEST if n else None) for n in range(100)]
+    waiting, _ = patience(many, pause_s=0.0)
+    some = f"100 do not, such as s1 stale: {NO_MANIFEST}"
+    with pytest.raises(FleetError, match=rf"^0 of 1 servers serve \({some}\) after a pause"):
+        await waiting.enough()
+
+
+@pytest.mark.parametrize("wait", ["followed", "enough"])
+async def test_where_all_who_could_serve_report_errors_the_run_ends_sooner(
+    wait: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = FakeClock(monkeypatch)
+    waiting, _ = patience([record("a", 0, STALE, NO_MANIFEST)], wait_s=300.0, pause_s=3600.0)
+    with pytest.raises(FleetError, match=rf"\(a stale: {NO_MANIFEST}\), and .* for 300 s; mend"):
+        await (waiting.followed(HEAD) if wait == "followed" else waiting.enough())
+    assert 300 < clock.now < 301
+
+
+@pytest.mark.parametrize("other", [ServerState.LOADING, ServerState.DRAINING, None])
+async def test_where_another_may_come_the_run_waits_on(
+    other: ServerState | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = FakeClock(monkeypatch)
+    others = [] if other is None else [record("b", 0, other)]
+    waiting, _ = patience(
+        [record("a", 0, STALE, NO_MANIFEST), *others], min_servers=2, wait_s=300.0, pause_s=3600.0
+    )
+    with pytest.raises(FleetError, match="after a pause of 3600 s"):
+        await waiting.enough()
+    assert clock.now > 3600
+
+
+async def test_an_error_that_goes_away_is_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = FakeClock(monkeypatch)
+    waiting, _ = patience([], wait_s=300.0, pause_s=3600.0)
+
+    async def servers() -> list[ServerRecord]:
+        failing = clock.now < 250 or 260 < clock.now < 500
+        return [record("a", 0, STALE, NO_MANIFEST if failing else None)][: clock.now < 600] or [
+            record("a")
+        ]
+
+    waiting.servers = servers
+    assert await waiting.enough() is True
+
+
+async def test_a_version_on_its_way_to_who_lives_is_not_told_at_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As between the first announcement and its taking: nobody serves a checkpoint then."""
+    clock = FakeClock(monkeypatch)
+    waiting, said = patience([], pause_s=60.0)
+
+    async def servers() -> list[ServerRecord]:
+        return [record("a") if clock.now > taken_at else record("a", 0, STALE)]
+
+    waiting.servers = servers
+    taken_at = 9.0
+    await waiting.followed(HEAD)
+    assert said == []
+    taken_at = 29.0
+    await waiting.followed(HEAD)
+    assert said == [
+        "0 of 1 servers serve (a stale); waiting, at most 60 s",
+        "enough servers serve (1); going on",
+    ]
 
 
 async def test_redis_away_is_waited_for_and_told_once() -> None:

@@ -41,6 +41,7 @@ from shared.manifest import Manifest
 from shared.shards import tensor_entries, verify_tensors
 from shared.store import FsspecStore
 from trainer.collection import Collector, superseded
+from trainer.encoding import encode_version
 from trainer.lease import hold
 from trainer.publish import Publisher
 
@@ -511,6 +512,33 @@ async def test_a_cancelled_publish_leaves_no_version(redis: RedisCoordinator, st
         await publisher.publish(1, weights(1))
         await publisher.collect(1)
     assert store.versions() == store.numbers() == [1]
+
+
+async def test_a_publish_cancelled_while_its_files_are_made_leaves_none(
+    redis: RedisCoordinator, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def encode(*args: Any, **options: Any) -> Any:
+        begun.set()
+        go_on.wait(BOUND_S)
+        return encode_version(*args, **options)
+
+    monkeypatch.setattr("trainer.publish.encode_version", encode)
+    async with publishing(redis, store) as publisher:
+        task = asyncio.create_task(publisher.publish(0, weights(0)))
+        assert await asyncio.to_thread(begun.wait, BOUND_S)
+        task.cancel()
+        await asyncio.wait({task})
+        assert len(made_in(store.place)) == 1
+        go_on.set()
+        async with asyncio.timeout(BOUND_S):
+            while made_in(store.place):
+                await asyncio.sleep(0.01)
+
+
+def made_in(folder: Path) -> list[Path]:
+    return list(folder.iterdir())
 
 
 def steps(count: int) -> list[dict[str, Tensor]]:

@@ -1,9 +1,10 @@
 """One version on its way to a fleet, event by event: who claims which source, and how bytes share its uplink.
 
 The rules are those of `shared/lua/claim_source.lua` and of the fetcher: a source has a few slots; a server that
-finds none free asks again a little later; a version is handed on only once it is whole and verified; a claim of a
-server that died expires; a server whose source died keeps the bytes that it has and goes to another. Time is
-simulated.
+finds none free asks again a little later, and each time looks at a few sources at random; a version is handed on
+only once it is whole and verified; a claim of a server that died expires; a server whose source died keeps its
+bytes and goes to another. Time is simulated. One rule is not: the real store is given to nobody any more once a
+server holds the version, so that fewer copies leave it than here, and the first rounds are a little slower.
 """
 
 import heapq
@@ -56,6 +57,8 @@ class Setup:
     ready_s: float = 0.0
     """From the last byte until the version is verified and handed on."""
     ask_again_s: float = 0.5
+    tried: int = 8
+    """Sources that one question looks at (`shared.sources.TRIED`)."""
     claim_s: float = 15.0
     """After which the claim of a dead server is free again."""
     notice_s: float = 5.0
@@ -153,7 +156,8 @@ class Swarm:
 
     def _answer(self) -> None:
         self.asked = False
-        if self.free and self.waiting:
+        busy = 1.0 - len(self.free) / len(self.sources)
+        if self.free and self.waiting and self.random.random() >= busy**self.setup.tried:
             self._claim()
         self._ask()
 
