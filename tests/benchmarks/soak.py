@@ -186,8 +186,14 @@ class Soak:
                 live = answer.json()
                 self.counts["looks"] += 1
                 right = live["tensors"] == self.expected(live["version"])
-                if not right or live["digest"] != live["live_digest"]:
-                    self.wrong.append(f"{member.name} version {live['version']}")
+                unborn = (
+                    self.newest < 0 and live["digest"] == ""
+                )  # its checkpoint, before the run has a version
+                if not unborn and not (right and live["digest"] == live["live_digest"]):
+                    digest = live["digest"][:8] or "of its checkpoint"
+                    self.wrong.append(
+                        f"{member.name}: version {live['version']} {digest}, the newest is {self.newest}"
+                    )
 
     async def ask(self, client: AsyncClient, numbers: Iterator[int]) -> None:
         """Small trees for ever, each compared with what was asked for."""
@@ -195,8 +201,8 @@ class Soak:
             request = RolloutTreeRequest(
                 request_id=f"tree-{number}",
                 prompt=f"Ana has {number} apples. She buys 5 more. How many apples does Ana have now?\n",
-                plan=TreePlan(branch_factors=[2, 2], segment_tokens=8),
-                sampling=Sampling(max_tokens=24),
+                plan=TreePlan(branch_factors=[3, 2], segment_tokens=16),
+                sampling=Sampling(max_tokens=48),
                 reward=Reward(name="gsm8k", reference=str(number + 5)),
                 min_weight_version=max(0, self.newest - 1),
             )
