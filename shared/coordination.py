@@ -33,6 +33,8 @@ RECORD_S = 5.0
 """Lifetime of a server's record, seconds."""
 CALL_S = 5.0
 """Bound of one call to Redis, seconds."""
+CLOSE_S = 1.0
+"""How long calls that were given up may take to let go of their connections, seconds."""
 NO_EVENT = "0-0"
 """Id before the first event."""
 
@@ -170,6 +172,7 @@ class RedisCoordinator:
                 "/ ? # and @ in a password are %2F %3F %23 and %40"
             ) from None
         self._where = redacted(url)
+        self._given_up: set[asyncio.Future[Any]] = set()
         self._unreadable: set[str] = set()
         """Ids of servers whose records cannot be read: told once."""
 
@@ -191,6 +194,8 @@ class RedisCoordinator:
             raise CoordinationError(f"Redis at {self._where} does not answer: {reason}") from error
         finally:
             if not task.done():
+                self._given_up.add(task)
+                task.add_done_callback(self._given_up.discard)
                 task.add_done_callback(_unread)
                 task.cancel()
 
@@ -209,7 +214,9 @@ class RedisCoordinator:
         await self._call(self._redis.ping())
 
     async def close(self) -> None:
-        """Close the connections."""
+        """Close the connections, those of calls that were given up too."""
+        if self._given_up:
+            await asyncio.wait(self._given_up, timeout=CLOSE_S)
         await self._redis.aclose()
 
     async def acquire_lease(self, owner: str) -> str:

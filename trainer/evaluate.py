@@ -45,7 +45,7 @@ def summarise(answers: Sequence[RolloutTreeResponse], seconds: float, *, lost: i
     means = [sum(group) / len(group) for group in rewards]
     mean = sum(means) / len(means)
     variance = sum((value - mean) ** 2 for value in means) / max(1, len(means) - 1)
-    sampled = sum(answer.usage.sampled_tokens for answer in answers)
+    sampled = sum(a.usage.sampled_tokens + a.usage.given_tokens for a in answers)
     return Accuracy(
         questions=len(answers),
         samples=len(rewards[0]),

@@ -9,6 +9,7 @@
 
 import asyncio
 import contextlib
+import json
 import os
 import re
 import signal
@@ -221,14 +222,17 @@ async def test_what_does_not_end_in_time_is_handed_back(tiny_math: Path, tmp_pat
 async def test_a_background_task_that_dies_takes_the_server_down(
     tiny_math: Path, tmp_path: Path, redis_url: str
 ) -> None:
-    with server(tiny_math, tmp_path, "--redis-url", redis_url, "--run", "dies") as process:
+    key = "spoke:{dies}:server:one"
+    follow = ("--redis-url", redis_url, "--run", "dies", "--server-id", "one")
+    with server(tiny_math, tmp_path, *follow) as process:
         client = redis.asyncio.Redis.from_url(redis_url)
-        # What no program of ours writes: the follower cannot go on, and must not end unseen.
-        await client.hset("spoke:{dies}:head", "version", "not a number")
-        await client.xadd("spoke:{dies}:events", {"version": "1"})
-        await client.aclose()
+        # As if another process lived under its id: the heartbeat cannot go on, and must not end unseen.
+        record = json.loads(await client.get(key)) | {"instance": "another"}
+        await client.set(key, json.dumps(record), px=60_000)
         assert await asyncio.to_thread(process.process.wait, 30) == 1
-        assert "this server ends: " in process.log.read_text()
+        assert "this server ends: --server-id one" in process.log.read_text()
+        await client.delete(key)
+        await client.aclose()
 
 
 def engine_of(process: subprocess.Popen[bytes]) -> int:

@@ -111,6 +111,8 @@ def test_a_server_killed_mid_tree_costs_no_tree(two_servers: dict[str, ServerPro
         assert sorted(seen[-len(keys) :]) == sorted(keys)
         assert answer.request_id == "long"
         assert answer.server_id != own
-        # The same id at the server that stands: the same tree, not sampled again.
-        assert client.rollout_tree(request) == answer
+        # A tree that was made of given nodes is kept for whoever gives the same ones, and for nobody else.
+        again = client.rollout_tree(request)
+        assert (again.request_id, again.usage.given_tokens) == ("long", 0)
+        assert client.rollout_tree(request) == again
         assert client.ready() == [url for url in two_servers if url != mine]

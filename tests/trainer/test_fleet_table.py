@@ -67,7 +67,7 @@ def test_a_push_announces_the_store_as_servers_reach_it(
     url = "https://weights.example"
     args = argparse.Namespace(
         model=str(tiny_math), redis_url=redis_url, run=run, store=f"file://{tmp_path}", advertise_store=url,
-        dtype="auto", wait=5.0,
+        dtype="auto", wait=5.0, keep_versions=3,
     )  # fmt: skip
 
     async def head() -> Head | None:
