@@ -13,7 +13,9 @@
 """
 
 import asyncio
+import gc
 import json
+import sys
 import uuid
 
 import pytest
@@ -278,3 +280,27 @@ def test_unusable_urls_and_names_are_named() -> None:
         RedisCoordinator("http://x", "run")
     with pytest.raises(ConfigError, match="run name"):
         RedisCoordinator("redis://127.0.0.1", "a b")
+
+
+@pytest.mark.parametrize("connected", [False, True])
+def test_a_call_that_is_given_up_leaves_no_connection(
+    redis_url: str, monkeypatch: pytest.MonkeyPatch, connected: bool
+) -> None:
+    """Cancelled at any moment, also while it connects, and closed at once: nothing is left for the collector."""
+    left: list[object] = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda what: left.append(what.exc_value))
+
+    async def given_up(after_s: float) -> None:
+        made = RedisCoordinator(redis_url, "given-up")
+        if connected:
+            await made.ping()
+        call = asyncio.create_task(made.servers())
+        await asyncio.sleep(after_s)
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+        await made.close()
+
+    for moment in range(60):
+        asyncio.run(given_up(moment * 5e-5))
+        gc.collect()
+    assert left == []

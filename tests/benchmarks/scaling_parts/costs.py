@@ -97,8 +97,8 @@ def anchor(parameters: float, cores: int = CORES) -> Version:
 def delta(parameters: float, rate: str = PLANNED, cores: int = CORES) -> Version:
     """A version as what one step changed.
 
-    >>> round(delta(7e9, "lr 1e-6, first steps").size / 1e6, 1)
-    44.7
+    >>> round(delta(7e9, "lr 1e-6").size / 1e6, 1)
+    31.1
     """
     full = parameters * BYTES_PER_PARAMETER
     size = full / RATIOS[rate]
