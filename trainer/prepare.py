@@ -218,10 +218,12 @@ async def connect(
             status=say,
             broadcasts=broadcasts,
         )
+        # After an error nothing is waited for; what runs beside must not ask Redis once it is closed.
+        stack.push_async_callback(publisher.give_up)
         yield Connections(
             coordinator=coordinator, publisher=publisher, patience=patience, fleet=fleet
         )
-        await publisher.close()  # not after an error: whoever is interrupted waits for nothing
+        await publisher.close()
 
 
 def once(say: Callable[[str], None]) -> Callable[[str], None]:

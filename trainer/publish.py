@@ -270,6 +270,12 @@ class Publisher:
         if self._collecting is None or self._collecting.done():
             self._collecting = asyncio.create_task(self.collect(newest))
 
+    async def give_up(self) -> None:
+        """End the collection that runs, if any."""
+        if self._collecting is not None:
+            self._collecting.cancel()
+            await asyncio.gather(self._collecting, return_exceptions=True)
+
     async def close(self) -> None:
         """Wait for the collection that runs. It has a bound, and may be cancelled."""
         if self._collecting is not None:

@@ -103,7 +103,7 @@ async def test_versions_come_by_broadcast_and_from_the_store_where_that_breaks(
             publication = Publication(to.publisher, to.patience)
             heads: list[Head] = []
 
-            async def followed(head: Head, holders: object) -> None:
+            def followed(head: Head, holders: object) -> None:
                 heads.append(head)
 
             publication.followed = followed
