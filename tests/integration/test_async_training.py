@@ -341,7 +341,8 @@ async def test_trees_that_were_in_flight_at_a_kill_are_counted(
         (folder / "ledger.json").write_bytes(written)  # as a kill would have left it
         held[:] = ["none"]
         summary = await loop.train(settings, folder, Quiet(), resume=True)
-    assert asked > asked_at_last_line
+    # Running ahead, the replacement may have been asked for before the last line was written.
+    assert asked >= asked_at_last_line + (0 if staleness else 1)
     assert stopped["in_flight"] == 0 < stopped["dropped"]["in flight when the run stopped"]
     trees = summary.trees.as_json()
     assert trees["asked"] == trees["trained"] + sum(trees["dropped"].values())
