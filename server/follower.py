@@ -11,7 +11,6 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from server.engines.base import Engine, transfer_of
@@ -52,7 +51,6 @@ class Follower:
     Args:
         coordinator: Redis.
         taker: takes a version.
-        files: versions whose files this server hands to others.
         status: where this server stands, shared with the service.
         engine: what it is goes into the record.
         url: how trainers and other servers reach this server.
@@ -61,7 +59,6 @@ class Follower:
 
     coordinator: Coordinator
     taker: Taker
-    files: Callable[[], tuple[int, ...]]
     status: Status
     engine: Engine
     url: str
@@ -148,7 +145,6 @@ class Follower:
             in_flight=self.status.in_flight,
             sampled_tokens=self.status.sampled_tokens,
             head=0 if standing.head is None else standing.head.version,
-            serves_files=self.files(),
             needs=self.status.needs,
             transfer=self._takes(),
             last_error=standing.failure,

@@ -78,7 +78,6 @@ async def open_follower(
     follower = Follower(
         coordinator=coordinator,
         taker=taker,
-        files=holdings.versions,
         status=holder.status,
         engine=service.engine,
         url=url,

@@ -100,7 +100,7 @@ class Holdings:
             yield version, _Version.of(manifest, right)
 
     def versions(self) -> tuple[int, ...]:
-        """Versions whose delta or full files others can be given, ascending: `ServerRecord.serves_files`."""
+        """Versions whose delta or full files others can be given, ascending."""
         return tuple(sorted({version for version, _ in self.parts()}))
 
     def parts(self) -> frozenset[tuple[int, Part]]:

@@ -51,8 +51,6 @@ class ServerRecord(BaseModel):
     """Since it started."""
     head: int = 0
     """Newest version that it has heard of."""
-    serves_files: tuple[int, ...] = ()
-    """Versions whose files it hands to other servers."""
     needs: int | None = None
     """Lowest version whose files it is fetching now: the store keeps it, and what follows, for it."""
     transfer: TransferBackend | None = None

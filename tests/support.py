@@ -41,7 +41,9 @@ class RedisProcess:
     def start(self) -> None:
         """Return once it answers."""
         binary = shutil.which("redis-server")
-        assert binary is not None, "redis-server is not on the PATH: `make setup` installs it"
+        assert binary is not None, (
+            "redis-server is not on the PATH: `make setup` installs it by apt when run as root"
+        )
         own = ["--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--dir", self._folder]
         self._process = subprocess.Popen([binary, *own], stdout=subprocess.PIPE, text=True)
         assert self._process.stdout is not None

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # a program, not a package: it runs from any folder
 
 import httpx  # noqa: E402 - after the path
-from support import free_port  # noqa: E402 - after the path
+from support import free_port, running_redis  # noqa: E402 - after the path
 from versions import Versions  # noqa: E402 - after the path
 
 from shared.fleet import Head  # noqa: E402 - after the path
@@ -51,11 +51,11 @@ def main() -> None:
         asyncio.run(worker(*args.worker))
         return
     rows = []
-    with tempfile.TemporaryDirectory() as scratch, redis(Path(scratch)) as redis_url:
+    with tempfile.TemporaryDirectory() as scratch, running_redis() as server:
         for peers in (False, True):
             for count in map(int, args.servers.split(",")):
                 folder = Path(scratch) / f"{count}-{peers}"
-                rows += fan_out(folder, redis_url, count, peers, args.anchor_mib, args.delta_mib)
+                rows += fan_out(folder, server.url, count, peers, args.anchor_mib, args.delta_mib)
                 shutil.rmtree(folder)
     print(
         f"{'servers':>7}  {'peers':5}  {'version':7}  {'MiB out':>8}  {'copies':>6}  {'last has it':>11}"
@@ -165,23 +165,6 @@ def store(root: Path) -> Iterator[str]:
             assert time.monotonic() < until
             time.sleep(0.05)
         yield url
-        process.terminate()
-        process.wait(20)
-
-
-@contextlib.contextmanager
-def redis(folder: Path) -> Iterator[str]:
-    """URL of a Redis of its own."""
-    port = free_port()
-    command = ["redis-server", "--port", str(port), "--bind", "127.0.0.1", "--save", ""]
-    with subprocess.Popen(
-        [*command, "--dir", str(folder)], stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if "Ready to accept connections" in line:
-                break
-        yield f"redis://127.0.0.1:{port}/0"
         process.terminate()
         process.wait(20)
 

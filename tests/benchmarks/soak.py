@@ -44,7 +44,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import httpx  # noqa: E402  # after the path is set, as are all below
 from faults.checking import check_tree  # noqa: E402
 from faults.conftest import Run  # noqa: E402
-from faults.parts import FaultyStore, Leader, Member, Redis  # noqa: E402
+from faults.parts import FaultyStore, Leader, Member  # noqa: E402
+from support import running_redis  # noqa: E402
 
 from shared.coordination import RedisCoordinator  # noqa: E402
 from shared.errors import SpokeError  # noqa: E402
@@ -287,9 +288,7 @@ def main() -> None:
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
         os.environ["TMPDIR"] = folder  # what killed processes leave behind goes with it
-        redis = Redis(Path(folder))
-        stack.callback(redis.kill)
-        redis.start()
+        redis = stack.enter_context(running_redis())
         soak = Soak(Run(folder=Path(folder), model=MODEL, redis=redis, stack=stack), args)
         asyncio.run(soak.soak())
     rows = [row(name, soak.times[name]) for name in ("none", *KINDS) if soak.times[name]]

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults.parts import Leader, Member, Redis, member
+from faults.parts import Leader, Member, member
+from support import RedisProcess, running_redis
 
 from shared.coordination import RedisCoordinator
 from shared.fleet import ServerRecord
@@ -21,7 +22,7 @@ class Run:
 
     folder: Path
     model: Path
-    redis: Redis
+    redis: RedisProcess
     stack: contextlib.ExitStack
     name: str = field(default_factory=lambda: f"faults-{uuid.uuid4().hex[:8]}")
     published: dict[int, dict[str, str]] = field(default_factory=dict)
@@ -85,7 +86,5 @@ class Run:
 @pytest.fixture
 def run(tiny_math: Path, tmp_path: Path) -> Iterator[Run]:
     with contextlib.ExitStack() as stack:
-        redis = Redis(tmp_path)
-        stack.callback(redis.kill)
-        redis.start()
+        redis = stack.enter_context(running_redis())
         yield Run(folder=tmp_path, model=tiny_math, redis=redis, stack=stack)

@@ -1,6 +1,6 @@
 """The parts of a small fleet as real processes, and ways to break each of them.
 
-- `Redis`: a real redis-server that can be killed and started again empty, on the same port.
+- `support.RedisProcess`: a real redis-server that can be killed and started again empty, on the same port.
 - `Member`: a real server process that follows a run; it can be killed, stopped (SIGSTOP) and continued. By
   `faulty_server` it stops at a named place inside itself and says so by a file.
 - `FaultyStore`: a file server on a real socket that damages, cuts or withholds the files of a store as told.
@@ -9,14 +9,11 @@ Whatever a test does, nothing of it outlives the test.
 """
 
 import contextlib
-import hashlib
 import multiprocessing
 import os
 import re
-import shutil
 import signal
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -41,37 +38,6 @@ def until(condition: Callable[[], Any], what: str, bound_s: float = 30.0) -> Any
                 return value
         assert time.monotonic() < deadline, f"not within {bound_s:g} s: {what}"
         time.sleep(0.02)
-
-
-class Redis:
-    """A redis-server without a disk: what it held is gone when it is killed."""
-
-    def __init__(self, folder: Path) -> None:
-        self.port = free_port()
-        self.url = f"redis://127.0.0.1:{self.port}/0"
-        self._folder = folder
-        self._process: subprocess.Popen[str] | None = None
-
-    def start(self) -> None:
-        binary = shutil.which("redis-server")
-        assert binary is not None, "redis-server is not on the PATH"
-        self._process = subprocess.Popen(
-            [binary, "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--dir", str(self._folder)],
-            stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if "Ready to accept connections" in line:
-                return
-        raise AssertionError("redis-server did not start")
-
-    def kill(self) -> None:
-        if self._process is not None:
-            self._process.kill()
-            self._process.wait()
-            assert self._process.stdout is not None
-            self._process.stdout.close()
-            self._process = None
 
 
 LEASE_S = 4.0
@@ -400,16 +366,3 @@ def end(process: Any) -> None:
     if process.exitcode is None:
         process.kill()
         process.join()
-
-
-def tensor_digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of every tensor of a folder's safetensors files, read with the library and not with our code."""
-    import torch
-    from safetensors.torch import load_file
-
-    found = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        for name, tensor in load_file(path).items():
-            bits = tensor.contiguous().view(torch.uint8).numpy().tobytes()
-            found[name] = hashlib.sha256(bits).hexdigest()
-    return found

@@ -84,7 +84,7 @@ async def test_a_stop_ends_an_update_whose_store_hangs_while_redis_is_away(tmp_p
         fetcher=fetcher, holdings=holdings, engine=engine, status=status, folder=tmp_path, metrics=metrics
     )  # fmt: skip
     follower = Follower(
-        coordinator=coordinator, taker=taker, files=tuple, status=status, engine=engine,
+        coordinator=coordinator, taker=taker, status=status, engine=engine,
         url="http://127.0.0.1:1", metrics=metrics,
     )  # fmt: skip
     stop = asyncio.Event()
@@ -207,7 +207,7 @@ async def test_a_server_whose_id_is_taken_meanwhile_ends(redis_url: str, tmp_pat
         fetcher=fakes, holdings=fakes, engine=engine, status=status, folder=tmp_path, metrics=metrics
     )  # fmt: skip
     follower = Follower(
-        coordinator=coordinator, taker=taker, files=tuple, status=status, engine=engine,
+        coordinator=coordinator, taker=taker, status=status, engine=engine,
         url="http://127.0.0.1:1", metrics=metrics,
     )  # fmt: skip
     with pytest.raises(ConfigError, match="--server-id s: the server at http://other"):
