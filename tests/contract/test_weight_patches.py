@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import pytest_asyncio
 import torch
+from described import tensor_entries
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from server.engines import batch
 from server.engines.base import Engine, Weights
 from shared.errors import EngineError, NeedsFullError, WeightsError
-from shared.shards import tensor_entries
 from tests.contract.conftest import open_engine, open_vllm
 from tests.contract.plain import TIMEOUT, Broken, ask, error, greedy, plain, run
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from described import tensor_entries
 from safetensors.torch import save_file
 
 from server.engines import staging
@@ -21,7 +22,6 @@ from server.engines.staging import (
     write,
 )
 from shared.errors import WeightsError
-from shared.shards import tensor_entries
 from tests.contract.plain import Broken
 
 Tensors = dict[str, torch.Tensor]

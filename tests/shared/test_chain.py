@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from described import verify_tensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -23,7 +24,7 @@ from shared.delta import decode, encode
 from shared.delta_file import DeltaFiles, write_delta
 from shared.errors import WeightsError
 from shared.manifest import Manifest
-from shared.shards import verify_tensors, write_shards
+from shared.shards import write_shards
 from shared.tensor_files import TensorFiles, TensorInfo, sha256_of
 from tests.shared.versions import INFOS, anchor, chain, delta, moved, step, weights
 

@@ -16,12 +16,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from described import tensor_entries
 from safetensors import safe_open
 from safetensors.torch import load_file
 
 from shared import shards
 from shared.errors import WeightsError
-from shared.shards import ShardWriter, canonical_order, tensor_entries, write_shards
+from shared.shards import ShardWriter, canonical_order, write_shards
 from shared.tensor_files import TensorFiles, TensorInfo, bits_type
 from tests.shared.versions import INFOS, entries, weights
 
