@@ -147,38 +147,35 @@ class _Session:
 
     async def head(self) -> Manifest:
         """The head's manifest."""
-        version, digest = self.head_record.version, self.head_record.manifest_digest
-
-        def read(reader: WeightReader) -> Manifest:
-            manifest = reader.manifest(version)
-            if manifest.digest != digest:
-                raise WeightsError(
-                    f"version {version}: the manifest at {reader.url} is not the one that was announced"
-                )
-            return manifest
-
-        held = self.holdings.manifest(version)
-        if held is not None and held.digest == digest:
-            return held
-        return await self._manifest(version, read)
+        digest = self.head_record.manifest_digest
+        return await self._manifest(
+            self.head_record.version,
+            lambda manifest: manifest.digest == digest,
+            "is not the one that was announced",
+        )
 
     async def base(self, version: int, weights_digest: str) -> Manifest:
         """The manifest of a version that a delta starts from."""
+        return await self._manifest(
+            version,
+            lambda manifest: manifest.weights_digest == weights_digest,
+            "has other weights than the version after it starts from",
+        )
+
+    async def _manifest(
+        self, version: int, is_right: Callable[[Manifest], bool], wrong: str
+    ) -> Manifest:
+        """A version's manifest, held or fetched; a source whose manifest is not right is asked no more for it."""
+        held = self.holdings.manifest(version)
+        if held is not None and is_right(held):
+            return held
 
         def read(reader: WeightReader) -> Manifest:
             manifest = reader.manifest(version)
-            if manifest.weights_digest != weights_digest:
-                raise WeightsError(
-                    f"version {version} at {reader.url} has other weights than the version after it starts from"
-                )
+            if not is_right(manifest):
+                raise WeightsError(f"version {version}: the manifest at {reader.url} {wrong}")
             return manifest
 
-        held = self.holdings.manifest(version)
-        if held is not None and held.weights_digest == weights_digest:
-            return held
-        return await self._manifest(version, read)
-
-    async def _manifest(self, version: int, read: Callable[[WeightReader], Manifest]) -> Manifest:
         found = await self._from_somebody(version, Part.MANIFEST, 0, read)
         await self.turns.release(holds=False)
         return found

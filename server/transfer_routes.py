@@ -10,6 +10,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 from fastapi import FastAPI
@@ -47,30 +48,74 @@ class Served(Protocol):
 
 def add_transfer_routes(app: FastAPI, served: Served) -> None:
     """Add the routes to an application."""
-    status = served.status
+    broadcasts, swaps = _Broadcasts(served), served.status.swaps
 
-    def transfer() -> Transfer:
-        if served.service is None:
-            raise BusyError(status.standing.refusal)
-        found = transfer_of(served.service.engine)
+    @app.post("/weight_transfer/join", responses=refusals(409, 422, 503))
+    async def join(group: TransferGroup) -> dict[str, str]:
+        """Meet the trainer and the other servers; the engine samples nothing until all are there."""
+        with _refusing():
+            await broadcasts.engine().join(group)
+        return {"status": "joined"}
+
+    @app.post("/weight_transfer/check", responses=refusals(409, 422, 503))
+    async def check(offer: TransferOffer) -> dict[str, str]:
+        """Could this version be received now? Then nothing else is, until it has come or a while is over."""
+        with _refusing():
+            await broadcasts.announced(offer)
+            broadcasts.engine().check(offer)
+            broadcasts.fits(offer)
+            await broadcasts.promised()
+        return {"status": "ready"}
+
+    @app.post("/weight_transfer/receive", responses=refusals(409, 422, 503))
+    async def receive(offer: TransferOffer) -> ApplyReport:
+        """Take the version that the trainer broadcasts now."""
+        with _refusing():
+            await broadcasts.announced(offer)
+            async with swaps.broadcast():
+                report = await broadcasts.engine().receive(offer)
+                broadcasts.took(offer.manifest, report)
+        return report
+
+    @app.post("/weight_transfer/leave", responses=refusals(503))
+    async def leave() -> dict[str, str]:
+        """Leave the group."""
+        swaps.withdraw()
+        await broadcasts.engine().leave()
+        return {"status": "left"}
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """What a version is refused for is no fault of the request's form."""
+    try:
+        yield
+    except WeightsError as error:
+        raise HTTPException(409, str(error)) from error
+
+
+@dataclass(frozen=True, slots=True)
+class _Broadcasts:
+    """What one server asks before it receives, and notes afterwards."""
+
+    served: Served
+
+    def engine(self) -> Transfer:
+        """The engine's end of a group; raises what a request is refused with where there is none."""
+        if self.served.service is None:
+            raise BusyError(self.served.status.standing.refusal)
+        found = transfer_of(self.served.service.engine)
         if found is None:
             raise HTTPException(
                 409, "this engine takes no broadcasts: start it with --weight-transfer"
             )
         return found
 
-    @contextlib.contextmanager
-    def refusing() -> Iterator[None]:
-        try:
-            yield
-        except WeightsError as error:
-            raise HTTPException(409, str(error)) from error
-
-    async def announced(offer: TransferOffer) -> None:
+    async def announced(self, offer: TransferOffer) -> None:
         """Raise WeightsError unless a version is the head, which may be on its way here."""
         deadline = time.monotonic() + HEAD_S
         while True:
-            head = status.standing.head
+            head = self.served.status.standing.head
             if head is not None and head.version >= offer.manifest.version:
                 break
             if time.monotonic() > deadline:
@@ -83,56 +128,35 @@ def add_transfer_routes(app: FastAPI, served: Served) -> None:
                 f"version {head.version} is announced, not this version {offer.manifest.version}"
             )
 
-    def fits(offer: TransferOffer) -> None:
+    def fits(self, offer: TransferOffer) -> None:
         """Raise WeightsError where the engine could not load the tensors, or not prove that it did."""
-        assert served.service is not None, "asked after `transfer`"
-        own, theirs = served.service.engine.info.dtype, offer.manifest.dtype
+        assert self.served.service is not None, "asked after `engine`"
+        own, theirs = self.served.service.engine.info.dtype, offer.manifest.dtype
         if offer.verify and own != theirs:
             raise WeightsError(
                 f"dtype: {theirs} is published, this engine computes in {own}: its tensors have other hashes"
             )
-        held = status.manifest
+        held = self.served.status.manifest
         if held is not None and _shapes(held) != _shapes(offer.manifest):
             raise WeightsError(
                 f"tensors: they are not those of version {held.version}, which is held"
             )
 
-    async def promised() -> None:
+    async def promised(self) -> None:
         """Have the follower keep away; raise WeightsError where it is at a swap of its own for too long."""
         deadline = time.monotonic() + TURN_S
-        while not status.swaps.promise():
+        while not self.served.status.swaps.promise():
             if time.monotonic() > deadline:
                 raise WeightsError("this server takes a version from the store just now")
             await asyncio.sleep(_POLL_S)
 
-    @app.post("/weight_transfer/join", responses=refusals(409, 422, 503))
-    async def join(group: TransferGroup) -> dict[str, str]:
-        """Meet the trainer and the other servers; the engine samples nothing until all are there."""
-        with refusing():
-            await transfer().join(group)
-        return {"status": "joined"}
-
-    @app.post("/weight_transfer/check", responses=refusals(409, 422, 503))
-    async def check(offer: TransferOffer) -> dict[str, str]:
-        """Could this version be received now? Then nothing else is, until it has come or a while is over."""
-        with refusing():
-            await announced(offer)
-            transfer().check(offer)
-            fits(offer)
-            await promised()
-        return {"status": "ready"}
-
-    @app.post("/weight_transfer/receive", responses=refusals(409, 422, 503))
-    async def receive(offer: TransferOffer) -> ApplyReport:
-        """Take the version that the trainer broadcasts now."""
-        with refusing():
-            await announced(offer)
-            async with status.swaps.broadcast():
-                report = await transfer().receive(offer)
-                status.note(Took(offer.manifest.version, offer.manifest.weights_digest))
-                status.manifest = offer.manifest
+    def took(self, manifest: Manifest, report: ApplyReport) -> None:
+        """Note a version that the engine has received."""
+        status, metrics = self.served.status, self.served.metrics
+        status.note(Took(manifest.version, manifest.weights_digest))
+        status.manifest = manifest
         status.update = Update(
-            version=offer.manifest.version,
+            version=manifest.version,
             encoding="broadcast",
             fetch_s=0.0,
             decode_s=0.0,
@@ -140,20 +164,10 @@ def add_transfer_routes(app: FastAPI, served: Served) -> None:
             pause_s=report.pause_s,
             apply_s=report.apply_s,
         )
-        log.info(
-            "version %d (broadcast): paused %.0f ms", offer.manifest.version, 1e3 * report.pause_s
-        )
-        served.metrics.updates.labels("ok").inc()
-        served.metrics.update_s.labels("pause").observe(report.pause_s)
-        served.metrics.update_s.labels("apply").observe(report.apply_s)
-        return report
-
-    @app.post("/weight_transfer/leave", responses=refusals(503))
-    async def leave() -> dict[str, str]:
-        """Leave the group."""
-        status.swaps.withdraw()
-        await transfer().leave()
-        return {"status": "left"}
+        log.info("version %d (broadcast): paused %.0f ms", manifest.version, 1e3 * report.pause_s)
+        metrics.updates.labels("ok").inc()
+        metrics.update_s.labels("pause").observe(report.pause_s)
+        metrics.update_s.labels("apply").observe(report.apply_s)
 
 
 def _shapes(manifest: Manifest) -> set[tuple[str, str, tuple[int, ...]]]:
