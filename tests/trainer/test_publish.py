@@ -28,6 +28,7 @@ from typing import Any
 
 import pytest
 import torch
+from described import tensor_entries, verify_tensors
 from support import running_redis
 from torch import Tensor
 
@@ -38,7 +39,6 @@ from shared.digests import sha256
 from shared.errors import CoordinationError, LeaseError, WeightsError
 from shared.fleet import Head, ServerRecord, ServerState
 from shared.manifest import Manifest
-from shared.shards import tensor_entries, verify_tensors
 from shared.store import FsspecStore
 from trainer.collection import Collector, superseded
 from trainer.encoding import encode_version
