@@ -24,11 +24,12 @@ quickstart: setup ## the main job, end to end, on this machine
 test: setup ## every test, on real engines and a real Redis (ARGS="-k tree" for some)
 	@$(BIN)/python -m pytest $(ARGS)
 
-check: setup ## ruff, mypy --strict and the import contracts
+check: setup ## ruff, mypy --strict, the import contracts, and that every test can be collected
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy --strict
 	@$(BIN)/lint-imports
+	@found=$$($(BIN)/python -m pytest --collect-only -q 2>&1) || { tail -n 60 <<< "$$found"; exit 1; }
 
 format: setup ## formats the code and applies ruff's safe fixes
 	@$(BIN)/ruff check --fix .
