@@ -225,7 +225,8 @@ class _Session:
             except (
                 SpokeError
             ) as error:  # of a server's URL too: whoever writes to Redis may write anything there
-                log.info("%s", error)
+                if not source.is_store:
+                    log.info("%s", error)
                 absent_there = isinstance(error, AbsentError)
                 await self.turns.release(holds=False, absent=absent_there)
                 if source.is_store:
@@ -238,6 +239,8 @@ class _Session:
                 continue
             if not source.is_store:
                 self.trouble.worked(source.url)
+                if failed is not None:
+                    log.info("%s; %s has it", failed, source.url)
             self.count("store" if source.is_store else "peer", size)
             return found
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from server.engines.base import Engine, transfer_of
 from server.live import rounded
 from server.metrics import Metrics
+from server.repeats import Repeats
 from server.states import Began, Failed, Heard
 from server.status import Status
 from server.taking import Taker
@@ -70,6 +71,7 @@ class Follower:
     """Version and digest of the last record."""
     _missing: asyncio.Event = field(default_factory=asyncio.Event)
     """Redis does not take this server's record, and that was said."""
+    _failures: Repeats = field(default_factory=Repeats)
 
     async def catch_up(self, bound_s: float) -> None:
         """Take the head's weights before serving anything; wait until that works.
@@ -168,7 +170,7 @@ class Follower:
                 await self._hear()
             except CoordinationError as error:
                 if not away:
-                    log.warning("%s; serving on with version %d", error, self.engine.version)
+                    log.warning("%s; serving on with %s", error, self._held())
                 away = True
                 await asyncio.sleep(RETRY_S)
             else:
@@ -257,6 +259,7 @@ class Follower:
         try:
             await self.taker.take(head)
             taken = True
+            self._failures.over()
             if first:
                 self._warn_of_rounding()
         except (SpokeError, OSError) as error:  # OSError: no room on the disk, or too slow
@@ -266,10 +269,14 @@ class Follower:
                 reason if reason.startswith((f"{named} ", f"{named}:")) else f"{named}: {reason}"
             )
             self.status.note(Failed(reason))
-            log.warning("%s; version %d stays", reason, self.engine.version)
+            if line := self._failures.line(f"{reason}; {self._held()} stays"):
+                log.warning("%s", line)
         self.metrics.updates.labels("ok" if taken else "failed").inc()
         await self._tell()
         return taken
+
+    def _held(self) -> str:
+        return f"version {self.engine.version}" if self.status.weights_digest else "the checkpoint"
 
     def _warn_of_rounding(self) -> None:
         manifest = self.status.manifest

@@ -20,6 +20,23 @@ def is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
+def host_and_port(text: str) -> tuple[str, int]:
+    """Host and port of `HOST:PORT`.
+
+    >>> host_and_port("0.0.0.0:8100"), host_and_port("[::1]:0")
+    (('0.0.0.0', 8100), ('::1', 0))
+
+    Raises:
+        ValueError: it is nothing of that form.
+    """
+    host, colon, port = text.rpartition(":")
+    host = host.removeprefix("[").removesuffix("]")
+    digits = port.isascii() and port.isdigit()
+    if not (colon and host and "/" not in host and digits and int(port) <= 65_535):
+        raise ValueError(f"{text!r}: write HOST:PORT, such as 0.0.0.0:8100")
+    return host, int(port)
+
+
 def listening(host: str, port: int, unread_s: float = UNREAD_S) -> socket.socket:
     """A listening socket.
 

@@ -187,7 +187,7 @@ class RedisCoordinator:
         try:
             done, _ = await asyncio.wait({task}, timeout=bound_s)
             if not done:
-                raise TimeoutError
+                raise TimeoutError(f"nothing came within {bound_s:g} s")
             return task.result()
         except (RedisError, OSError) as error:  # TimeoutError is an OSError
             reason = str(error).rstrip(".") or type(error).__name__

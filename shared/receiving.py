@@ -91,7 +91,7 @@ def receive(entry: FileEntry, folder: Path, opened: Opener, stop: Stop | None = 
             _fill(entry, stream, opened, stop)
         if not _is_right(entry, stream):
             part.unlink(missing_ok=True)
-            raise WeightsError(f"{entry.name} has other bytes than its manifest says")
+            raise WeightsError("it has other bytes than its manifest says")
         stream.flush()
         part.replace(target)
     return target
@@ -200,11 +200,11 @@ def _fill(entry: FileEntry, stream: BinaryIO, opened: Opener, stop: Stop | None)
             at += len(piece)
             if at > entry.size:
                 stream.truncate(0)
-                raise WeightsError(f"{entry.name} has more than {entry.size} bytes")
+                raise WeightsError(f"it has more than {entry.size} bytes")
             stream.write(piece)
         stream.flush()
     if at < entry.size:
-        raise WeightsError(f"{entry.name} ends after {at} bytes, not {entry.size}")
+        raise WeightsError(f"it ends after {at} bytes, not {entry.size}")
     return start > 0
 
 

@@ -78,7 +78,14 @@ def newest(folder: Path) -> Path:
     """
     found = sorted((folder / "checkpoints").glob("step-??????"))
     if not found:
-        raise ConfigError(f"--resume: {folder} holds no checkpoint; start it without --resume")
+        # A folder that has a run is refused without --resume.
+        anew = (
+            "with another --run-dir" if (folder / "metrics.jsonl").exists() else "without --resume"
+        )
+        raise ConfigError(
+            f"--resume: {folder} holds no checkpoint; start anew {anew} (trainer.checkpoint_every says how often "
+            "one is made)"
+        )
     return found[-1]
 
 

@@ -248,10 +248,24 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
     where = field_path(first["loc"])
     if first["type"] == "extra_forbidden":
         known = _known_keys(root, first["loc"][:-1])
-        near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1, cutoff=0.0)
+        name = str(first["loc"][-1])
+        if elsewhere := _sections_with(name, root):
+            return f"unknown key {where!r}; did you mean {' or '.join(elsewhere)}?"
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
         return f"unknown key {where!r}; the nearest known one is {near[0] if near else known!r}"
     message = str(first["msg"]).removeprefix("Value error, ")
     return f"{where}: {message}" if where else message
+
+
+def _sections_with(name: str, root: type[BaseModel]) -> list[str]:
+    """`section.name` for each section that has a key of this name."""
+    return [
+        f"{section}.{name}"
+        for section, field in root.model_fields.items()
+        if isinstance(field.annotation, type)
+        and issubclass(field.annotation, BaseModel)
+        and name in field.annotation.model_fields
+    ]
 
 
 def _known_keys(root: type[BaseModel], location: Sequence[int | str]) -> list[str]:

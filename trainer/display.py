@@ -86,8 +86,11 @@ class Display:
         self._refresh()
 
     def say(self, text: str) -> None:
-        """See `Reporter.say`."""
-        self.console.print(text, highlight=False, soft_wrap=True)
+        """See `Reporter.say`; with the time, as servers' logs have it."""
+        self._print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}")
+
+    def _print(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def step(self, done: int, total: int, values: dict[str, Any]) -> None:
         """See `Reporter.step`."""
@@ -108,16 +111,14 @@ class Display:
             self._refresh()
         else:
             phases = "  ".join(f"{name} {s:.1f} s" for name, s in seconds.items() if s >= 0.05)
-            self.console.print(
-                f"step {done}/{total}  {self._line}  {phases}", highlight=False, soft_wrap=True
-            )
+            self._print(f"step {done}/{total}  {self._line}  {phases}")
 
     def measured(self, label: str, measurement: Measurement) -> None:
         """See `Reporter.measured`."""
         sampled = measurement.sampled
         greedy = f", greedy {percent(measurement.greedy.mean)}" if measurement.greedy else ""
         lost = f", {_lost(measurement)} more without an answer" if _lost(measurement) else ""
-        self.say(
+        self._print(
             f"held-out accuracy {label} (step {measurement.step}, version {sampled.version}): "
             f"pass@1 {percent(sampled.mean)} ± {100 * sampled.standard_error:.1f}{greedy}  "
             f"[{sampled.questions} questions x {sampled.samples}{lost}, {sampled.seconds:.1f} s]"

@@ -6,13 +6,14 @@ and no tree; what a retry cannot mend (a malformed request) is raised at once.
 
 import asyncio
 import time
+from collections.abc import Callable
 
 from shared.coordination import Coordinator
 from shared.errors import CoordinationError, FleetError, NoTreeError
-from shared.fleet import Head, ServerRecord
+from shared.fleet import Head, ServerRecord, ServerState
 from shared.wire import RolloutTreeRequest, RolloutTreeResponse
 from trainer.client import AsyncClient, ListServers, Target, fixed
-from trainer.patience import MOST_PAUSED, Patience
+from trainer.patience import MOST_PAUSED, QUIET_S, Patience, nothing
 from trainer.roll_call import not_serving
 from trainer.watch import Watch
 
@@ -136,25 +137,47 @@ class Fleet:
 
 
 async def wait_for_servers(
-    coordinator: Coordinator, count: int, timeout_s: float
+    coordinator: Coordinator,
+    count: int,
+    timeout_s: float,
+    tell: Callable[[str], None] = nothing,
 ) -> list[ServerRecord]:
-    """The live servers that may serve, once there are `count`.
+    """The live servers to begin with, once there are `count`: those that serve, and those that cannot take the
+    newest version. Its bytes may be gone or damaged: then a newer one helps, which the caller publishes.
+
+    Args:
+        coordinator: Redis.
+        count: so many.
+        timeout_s: bound of the wait.
+        tell: shows a line that stays; is told once, where this takes long.
 
     Raises:
         FleetError: too few within the bound.
     """
-    deadline = time.monotonic() + timeout_s
+    began, told = time.monotonic(), False
     while True:
         alive = await coordinator.servers()
-        records = [r for r in alive if r.state.serves]
+        records = [r for r in alive if r.state.serves or _waits_for_another(r)]
         if len(records) >= count:
             return records
-        if time.monotonic() > deadline:
+        waited_s = time.monotonic() - began
+        if waited_s > QUIET_S and not told:
+            told = True
+            tell(
+                f"{len(records)} of {count} servers are ready{not_serving(alive)}; waiting, at most "
+                f"{timeout_s:.0f} s"
+            )
+        if waited_s > timeout_s:
             raise FleetError(
                 f"{len(records)} of {count} servers are ready{not_serving(alive)} after {timeout_s:.0f} s; start "
                 "`python -m server --redis-url … --run …` with the same run, or lower fleet.min_servers"
             )
         await asyncio.sleep(0.1)
+
+
+def _waits_for_another(record: ServerRecord) -> bool:
+    """Can a server not take the newest version?"""
+    return record.last_error is not None and record.state is not ServerState.DRAINING
 
 
 async def wait_for_head(

@@ -31,15 +31,24 @@ from trainer.settings import Correction, KLEstimator
 from trainer.update import Learner
 
 
-def open_folder(settings: TrainSettings, folder: Path, *, resume: bool) -> None:
-    """Make the run's folder and write its settings into it.
+def open_folder(folder: Path, *, resume: bool) -> None:
+    """Make the run's folder.
 
     Raises:
-        ConfigError: a run is in it already and is not to be resumed.
+        ConfigError: it cannot be made; or a run is in it already, or none is, other than `resume` says.
     """
     if (folder / "metrics.jsonl").exists() and not resume:
         raise ConfigError(f"--run-dir {folder}: a run is in it already; give another, or --resume")
-    folder.mkdir(parents=True, exist_ok=True)
+    if resume:
+        checkpoints.newest(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--run-dir {folder}: {error.strerror}; give another") from None
+
+
+def save_settings(settings: TrainSettings, folder: Path) -> None:
+    """Write a run's settings into its folder, once the run is ours: those of another trainer's stay."""
     (folder / "config.json").write_text(settings.model_dump_json(indent=2))
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 
+from shared.addresses import host_and_port
 from shared.errors import ConfigError
 from shared.store import FsspecStore
 from shared.store_url import check_announced
@@ -49,16 +50,16 @@ def address(serve_at: str, advertise: str | None) -> Address:
     Raises:
         ConfigError: it is no address, or servers could not know how to reach it.
     """
-    host, colon, port = serve_at.rpartition(":")
-    host = host.removeprefix("[").removesuffix("]")
-    if not (colon and host and port.isascii() and port.isdigit() and int(port) <= 65_535):
-        raise ConfigError(f"fleet.serve_at {serve_at!r}: write HOST:PORT, such as 0.0.0.0:8100")
+    try:
+        host, port = host_and_port(serve_at)
+    except ValueError as error:
+        raise ConfigError(f"fleet.serve_at {error}") from None
     if host in ("0.0.0.0", "::") and advertise is None:
         raise ConfigError(
             f"fleet.serve_at {serve_at}: say in fleet.advertise_store how servers reach it, such as "
             f"http://trainer.example:{port}"
         )
-    return Address(host, int(port) or free_port())
+    return Address(host, port or free_port())
 
 
 @contextlib.asynccontextmanager

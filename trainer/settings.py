@@ -1,7 +1,7 @@
 """The sections of a training run's settings, one model each; `config` reads them from TOML. No torch here."""
 
 from enum import StrEnum
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
     BaseModel,
@@ -12,15 +12,16 @@ from pydantic import (
     model_validator,
 )  # fmt: skip
 
+from shared.addresses import host_and_port
 from shared.redis_url import redacted
 from shared.store_url import shown
 from shared.wire import Plan, Savings
 
 
 class Settings(BaseModel):
-    """Base of every section: frozen, unknown keys refused."""
+    """Base of every section: frozen; unknown keys, and numbers that are none, refused."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ModelSettings(Settings):
@@ -112,11 +113,14 @@ class Decay(StrEnum):
     COSINE = "cosine"
 
 
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerSettings(Settings):
     """AdamW, clipping and schedule; the defaults are the authors'."""
 
     learning_rate: float = Field(default=1e-6, gt=0, description="Peak of the schedule.")
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Share, Share] = (0.9, 0.999)
     epsilon: float = Field(default=1e-8, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     clip_norm: float | None = Field(
@@ -286,6 +290,22 @@ class FleetSettings(Settings):
                 "servers reach it"
             )
         return self
+
+    @field_validator("serve_at")
+    @classmethod
+    def _is_an_address(cls, text: str | None) -> str | None:
+        if text is not None:
+            host_and_port(text)
+        return text
+
+    @field_validator("advertise_store")
+    @classmethod
+    def _can_be_reached(cls, url: str | None) -> str | None:
+        if url is not None and "://" not in url and not url.startswith("/"):
+            raise ValueError(
+                f"{url!r} is no URL that servers can reach, such as http://trainer.example:8100"
+            )
+        return url
 
     @field_serializer("redis_url")
     def _without_password(self, url: str | None) -> str | None:

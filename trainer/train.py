@@ -12,7 +12,7 @@ from trainer.fleet import wait_for_servers
 from trainer.loop import Trainer
 from trainer.measuring import Measuring
 from trainer.pipeline import Pipeline
-from trainer.prepare import Connections, Start, begin, connect, open_folder
+from trainer.prepare import Connections, Start, begin, connect, open_folder, save_settings
 from trainer.publication import Publication
 from trainer.report import SUMMARY, Reporter, Summary, plot
 from trainer.rollouts import Sampling
@@ -33,15 +33,18 @@ async def train(
         ConfigError: something that the user gave cannot be used.
         CoordinationError: Redis is away, another trainer holds the run, or the fleet does not follow in time.
     """
-    open_folder(settings, folder, resume=resume)
+    open_folder(folder, resume=resume)
     async with connect(settings, folder, reporter.say) as to:
+        save_settings(settings, folder)
         with metrics.MetricsLog(folder) as log:
             reporter.status("loading data and model")
             # In a thread, as everything that takes long: the lease is renewed meanwhile.
             start = await asyncio.to_thread(begin, settings, folder, resume=resume)
+            if resume:
+                reporter.say(f"going on after step {start.progress.step}")
             reporter.status("waiting for servers")
             fleet = settings.fleet
-            await wait_for_servers(to.coordinator, fleet.min_servers, fleet.wait_s)
+            await wait_for_servers(to.coordinator, fleet.min_servers, fleet.wait_s, reporter.say)
             earlier = start.progress.version if start.progress.step else -1
             version = await to.publisher.next_version(earlier)
             trainer = assemble(settings, folder, reporter, to, log, start, version)

@@ -25,7 +25,7 @@ from shared.coordination import RedisCoordinator
 from shared.errors import ConfigError, CoordinationError
 from shared.redis_url import from_command_line, redacted
 from trainer.config import load
-from trainer.prepare import open_folder
+from trainer.prepare import open_folder, save_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 PASSWORD = "redis-s3cret"
@@ -251,7 +251,8 @@ def test_run_folders_hold_no_password(tmp_path: Path, monkeypatch: pytest.Monkey
     settings = load(config)
     assert settings.fleet.redis_url == url
     assert load(config, ["fleet.redis_url=redis://here/0"]).fleet.redis_url == "redis://here/0"
-    open_folder(settings, tmp_path / "run", resume=False)
+    open_folder(tmp_path / "run", resume=False)
+    save_settings(settings, tmp_path / "run")
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert saved["fleet"]["redis_url"] == "redis://h:1/0"
     assert MARK not in repr(settings) + settings.model_dump_json() + str(settings.model_dump())
@@ -259,7 +260,8 @@ def test_run_folders_hold_no_password(tmp_path: Path, monkeypatch: pytest.Monkey
     stores = [f"fleet.{name}=sftp://me:{MARK}@h/a" for name in ("store", "advertise_store")]
     settings = load(config, stores)
     assert settings.fleet.store == f"sftp://me:{MARK}@h/a"
-    open_folder(settings, tmp_path / "other", resume=False)
+    open_folder(tmp_path / "other", resume=False)
+    save_settings(settings, tmp_path / "other")
     saved = json.loads((tmp_path / "other" / "config.json").read_text())["fleet"]
     assert saved["store"] == saved["advertise_store"] == "sftp://h/a"
     own = tmp_path / "own.toml"

@@ -50,6 +50,12 @@ def test_overrides_are_toml_values_or_bare_words(tmp_path: Path) -> None:
             "trainer.learning_rat=1",
             "unknown key 'trainer.learning_rat'; the nearest known one is 'learning_rate'",
         ),
+        ("trainer.in_flight=restart", r"'trainer\.in_flight'; did you mean rollout\.in_flight\?"),
+        ("fleet.serve_at=0.0.0.0:99999", r"fleet\.serve_at: .*write HOST:PORT"),
+        ("fleet.serve_at=http://h:1", r"fleet\.serve_at: .*write HOST:PORT"),
+        ("fleet.advertise_store=h:8100", r"fleet\.advertise_store: .*no URL that servers can"),
+        ("fleet.wait_s=inf", r"fleet\.wait_s: .*finite"),
+        ("trainer.betas=[2, 0.9]", r"trainer\.betas\.0: .*less than 1"),
         ("trainr.steps=1", "unknown key 'trainr'; the nearest known one is 'trainer'"),
         (
             "rollout.plan.branch_factor=[2]",

@@ -1,6 +1,7 @@
 """What a run shows: plain lines where there is no terminal, a live bar where there is one, a table and a plot."""
 
 import io
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -115,3 +116,11 @@ def test_the_learning_curve_is_a_picture(tmp_path: Path, measured: bool) -> None
         made.measurements = []
     plot(made, tmp_path / "curve.png")
     assert (tmp_path / "curve.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_said_has_its_time_and_is_no_markup() -> None:
+    stream = io.StringIO()
+    Display("a run", Console(file=stream, width=200)).say("version 3 waits: [red] is no folder")
+    assert re.fullmatch(
+        r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d version 3 waits: \[red\] is no folder\n", stream.getvalue()
+    )

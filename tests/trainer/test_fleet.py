@@ -201,3 +201,24 @@ async def test_waiting_for_servers_has_a_bound() -> None:
     loading = FakeCoordinator([record("a", state=ServerState.LOADING)])
     with pytest.raises(FleetError, match="0 of 1 servers are ready"):
         await wait_for_servers(loading, 1, 0.1)  # type: ignore[arg-type]
+
+
+async def test_a_wait_for_servers_that_takes_long_is_told_once(monkeypatch: Any) -> None:
+    monkeypatch.setattr("trainer.fleet.QUIET_S", 0.0)
+    told: list[str] = []
+    loading = FakeCoordinator([record("a", state=ServerState.LOADING)])
+    with pytest.raises(FleetError):
+        await wait_for_servers(loading, 1, 0.3, told.append)  # type: ignore[arg-type]
+    assert told == ["0 of 1 servers are ready (a loading); waiting, at most 0 s"]
+
+
+async def test_servers_that_cannot_take_the_head_are_enough_to_begin_with() -> None:
+    """Its bytes may be gone for good: who waited for them to serve would never publish what they need."""
+    stuck = FakeCoordinator(
+        [
+            record("a", state=ServerState.LOADING, error="other bytes"),
+            record("b", state=ServerState.DRAINING, error="x"),
+        ]
+    )
+    found = await wait_for_servers(stuck, 1, 5)  # type: ignore[arg-type]
+    assert [r.server_id for r in found] == ["a"]

@@ -7,15 +7,16 @@ import time
 from rich.console import Console
 
 from trainer.config import load
-from trainer.display import Display, show_summary
-from trainer.train import train
 
 
 def run(args: argparse.Namespace) -> int:
     """Train to the end, then print the tables."""
+    settings = load(args.config, args.overrides)
+    # Only now: torch takes seconds, and a mistake in the settings is to be known at once.
+    from trainer.display import Display, show_summary
+    from trainer.train import train
 
     console = Console()
-    settings = load(args.config, args.overrides)
     started = time.monotonic()
     with Display(f"spoke train: {settings.run}", console) as display:
         summary = asyncio.run(train(settings, args.run_dir, display, resume=args.resume))
