@@ -1,7 +1,9 @@
-"""Numbers and URLs of the command line, checked before anything is loaded: each refusal names its flag."""
+"""Numbers, URLs and folders of the command line, checked before anything is loaded: each refusal names its flag."""
 
 import argparse
 import math
+from pathlib import Path
+from tempfile import TemporaryFile
 from urllib.parse import urlsplit
 
 from shared.errors import ConfigError
@@ -39,6 +41,19 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError(
             f"--advertise-url {args.advertise_url}: must be an http(s) URL such as http://host:8000"
         )
+    if args.weights_dir is not None:
+        _check_folder(args.weights_dir)
+
+
+def _check_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"--weights-dir {folder}: {error.strerror}; give a folder that can be written to"
+        ) from None
 
 
 def _is_url(text: str) -> bool:

@@ -16,7 +16,7 @@ from server.service import RolloutService
 from server.settings import ServerSettings
 from server.taking import Taker
 from shared.coordination import RedisCoordinator
-from shared.errors import ConfigError
+from shared.errors import ConfigError, WeightsError
 from shared.http_store import open_peer
 from shared.open_store import open_store
 from shared.scratch import Scratch
@@ -84,6 +84,20 @@ async def open_follower(
         metrics=holder.metrics,
     )
     return follower
+
+
+async def check_store(settings: ServerSettings) -> None:
+    """Refuse a store of this server's own that nobody can open, before the model is loaded.
+
+    Raises:
+        ConfigError: its URL cannot be used.
+    """
+    if settings.store is not None:
+        with contextlib.suppress(WeightsError):  # one that is away may come back
+            reader = await in_daemon_thread(
+                open_store, settings.store, settings.run, token=settings.store_token
+            )
+            reader.close()
 
 
 def _advertised(advertiser: Advertiser) -> Callable[[], Awaitable[None]]:

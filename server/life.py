@@ -23,7 +23,7 @@ from server.costs import Cost
 from server.engines import EngineName, choose, open_engine
 from server.engines.base import Engine, SpeaksOpenAI
 from server.follower import Follower
-from server.following import open_follower
+from server.following import check_store, open_follower
 from server.liveness import alive
 from server.rewards.pool import RewardPool
 from server.service import RolloutService
@@ -55,6 +55,7 @@ async def life(settings: ServerSettings, holder: Holder, url: str, stop: asyncio
     """
     async with contextlib.AsyncExitStack() as stack:
         coordinator = await _coordinator(settings, stack)
+        await check_store(settings)
         async with asyncio.TaskGroup() as group:  # loading takes minutes, and another's id ends it
             if coordinator is not None:
                 group.create_task(own_id(coordinator, settings.server_id, settings.redis_wait_s))

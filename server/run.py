@@ -51,6 +51,10 @@ async def serve(settings: ServerSettings, listener: socket.socket) -> int:
         in_environment=settings.tokens_in_environment,
     )
     check_model(settings.engine_settings.model)
+    if settings.redis_url is None and (settings.run != "default" or settings.store):
+        log.warning(
+            "no run is followed: Redis is named neither in --redis-url nor in SPOKE_REDIS_URL"
+        )
     status = Status(server_id=settings.server_id, standing=Standing(max_lag=settings.max_lag))
     holder = Holder(status, liveness_s=settings.liveness_s)
     config = uvicorn.Config(

@@ -21,7 +21,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from shared.errors import ConfigError, CoordinationError, LeaseError, LeaseHeldError
 from shared.fleet import Head, ServerRecord
 from shared.keys import Keys
-from shared.redis_url import redacted
+from shared.redis_url import check_files, redacted
 
 log = logging.getLogger("spoke.coordination")
 
@@ -171,6 +171,7 @@ class RedisCoordinator:
                 f"--redis-url {redacted(url)}: write redis://, rediss:// or unix://, then HOST:PORT/NUMBER; "
                 "/ ? # and @ in a password are %2F %3F %23 and %40"
             ) from None
+        check_files(url)
         self._where = redacted(url)
         self._given_up: set[asyncio.Future[Any]] = set()
         self._unreadable: set[str] = set()

@@ -6,6 +6,7 @@ and never on a command line. No log, error or saved setting shows it.
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from shared.errors import ConfigError
@@ -35,6 +36,21 @@ def redacted(url: str) -> str:
     kept = [(name, value) for name, value in parse_qsl(parts.query) if name not in _SECRETS]
     query = f"?{urlencode(kept, safe='/:')}" if kept else ""
     return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}{query}"
+
+
+def check_files(url: str) -> None:
+    """Refuse certificates and keys that are not there, which the system's own error does not name.
+
+    >>> check_files("rediss://host/0?ssl_ca_certs=/none.pem")
+    Traceback (most recent call last):
+    shared.errors.ConfigError: ssl_ca_certs in the URL of Redis: there is no file /none.pem
+
+    Raises:
+        ConfigError: one is not.
+    """
+    for name, value in parse_qsl(urlsplit(url).query):
+        if name in ("ssl_ca_certs", "ssl_certfile", "ssl_keyfile") and not Path(value).is_file():
+            raise ConfigError(f"{name} in the URL of Redis: there is no file {value}")
 
 
 def carries_password(text: str) -> bool:

@@ -16,7 +16,7 @@ import fsspec
 from fsspec.callbacks import Callback
 
 from shared.digests import sha256_of
-from shared.errors import ConfigError, LocalError, WeightsError
+from shared.errors import ConfigError, LocalError, SpokeError, WeightsError
 from shared.manifest import FileEntry, Manifest, check_run_name
 from shared.receiving import FULL, PIECE, Opener, Stop, receive, receive_all
 from shared.store_url import is_http, shown
@@ -177,7 +177,8 @@ class FsspecStore:
             )
         try:
             check_run_name(run)
-            self._fs, root = fsspec.core.url_to_fs(url)
+            with _as_os_errors(ValueError, ImportError):
+                self._fs, root = fsspec.core.url_to_fs(url)
         except (ValueError, ImportError) as error:
             raise ConfigError(f"weight store {self.url!r}: {error}") from None
         except OSError as error:
@@ -209,7 +210,8 @@ class FsspecStore:
     def _named(self, what: str) -> Iterator[None]:
         """Errors of the store's own kind as ours."""
         try:
-            yield
+            with _as_os_errors():
+                yield
         except OSError as error:
             reason = str(error) or type(error).__name__
             if error.errno in FULL:
@@ -234,7 +236,8 @@ class FsspecStore:
             for entry in (*manifest.files, *extra):
                 self._put(version, entry, folder / entry.name, moved)
                 moved()
-            before_manifest()
+        before_manifest()
+        with self._named(f"version {version}"):
             # Last, and whole: a reader that sees the manifest must find every byte it names.
             try:
                 self._create(self._path(version, MANIFEST), manifest.encode())
@@ -309,9 +312,10 @@ class FsspecStore:
         """See `WeightReader.manifest`."""
         path = self._path(version, MANIFEST)
         try:
-            if self._fs.size(path) > MANIFEST_BYTES:
-                raise OSError(f"it has more than {MANIFEST_BYTES} bytes")
-            data = self._fs.cat_file(path)
+            with _as_os_errors():
+                if self._fs.size(path) > MANIFEST_BYTES:
+                    raise OSError(f"it has more than {MANIFEST_BYTES} bytes")
+                data = self._fs.cat_file(path)
         except OSError as error:
             raise WeightsError(
                 f"version {version} of run {self._run} has no readable manifest in {self.url}: {error}"
@@ -346,9 +350,16 @@ class FsspecStore:
         @contextlib.contextmanager
         def opened(entry: FileEntry, offset: int) -> Iterator[tuple[int, Iterable[bytes]]]:
             path = self._path(version, entry.name)
-            with self._fs.open(path, "rb", block_size=_BLOCK) as stream:
-                stream.seek(offset)
-                yield offset, iter(lambda: stream.read(PIECE), b"")
+            with contextlib.ExitStack() as stack:
+                with _as_os_errors():
+                    stream = stack.enter_context(self._fs.open(path, "rb", block_size=_BLOCK))
+                    stream.seek(offset)
+
+                def read() -> bytes:
+                    with _as_os_errors():
+                        return bytes(stream.read(PIECE))
+
+                yield offset, iter(read, b"")
 
         return opened
 
@@ -398,6 +409,19 @@ class _Moved(Callback):  # type: ignore[misc]  # fsspec has no types
     def call(self, *args: object, **kwargs: object) -> None:
         """Called by fsspec after each part."""
         self._moved()
+
+
+@contextlib.contextmanager
+def _as_os_errors(*known: type[Exception]) -> Iterator[None]:
+    """What a store's package raises, as OSError: some, as botocore, have errors of their own for a bucket that is away."""
+    try:
+        yield
+    except (OSError, SpokeError, *known):
+        raise
+    except (
+        Exception
+    ) as error:  # edge to a package of the user's choice: it must not end a server or a run
+        raise OSError(str(error).strip() or type(error).__name__) from error
 
 
 def _numbers(paths: Iterable[str]) -> list[int]:

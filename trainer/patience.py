@@ -14,7 +14,7 @@ from typing import TypeVar
 from shared.coordination import is_away
 from shared.errors import CoordinationError, FleetError
 from shared.fleet import Head, ServerRecord, ServerState
-from trainer.roll_call import named, not_serving
+from trainer.roll_call import MOST_NAMES, named, not_serving
 
 T = TypeVar("T")
 Servers = Callable[[], Awaitable[list[ServerRecord]]]
@@ -142,7 +142,7 @@ class Patience:
                 what the others say.
             CoordinationError: Redis was away for longer than `pause_s`.
         """
-        pause = _Pause(patience=self)
+        pause, slow = _Pause(patience=self), time.monotonic() + QUIET_S
         deadline, enough = time.monotonic() + self.wait_s, float("inf")
         while True:
             records = await self._records()
@@ -169,6 +169,8 @@ class Patience:
                 deadline = time.monotonic() + self.wait_s  # those that come back have their time
                 await self._rest(PAUSED_POLL_S)
                 continue
+            if now > slow and self._tell_failing(head, others):
+                slow = float("inf")
             if late and len(holders) < self.min_servers:
                 says = "; ".join(f"{r.server_id}: {r.last_error or r.state}" for r in others)
                 raise FleetError(
@@ -176,6 +178,15 @@ class Patience:
                     f"after {self.wait_s:.0f} s; {says}"
                 )
             await self._rest(POLL_S)
+
+    def _tell_failing(self, head: Head, others: list[ServerRecord]) -> bool:
+        """Say which servers are waited for although they cannot take a version; False where there is none."""
+        failing = [f"{r.server_id} ({r.last_error})" for r in others if r.last_error]
+        if failing:
+            self.tell(
+                f"version {head.version} waits for {'; '.join(failing[:MOST_NAMES])}, at most {self.wait_s:.0f} s"
+            )
+        return bool(failing)
 
     def _leave_behind(self, head: Head, others: list[ServerRecord]) -> None:
         new = [r for r in others if r.server_id not in self.behind]

@@ -1,5 +1,7 @@
 """What the command line may not say is refused in one line that names the flag, before anything is loaded."""
 
+from pathlib import Path
+
 import pytest
 
 from server.__main__ import settings
@@ -40,3 +42,13 @@ def test_what_servers_are_started_with_is_taken() -> None:
     assert chosen.max_nodes_in_flight is None
     assert chosen.peers
     assert not settings(["--model", "m", "--no-peers"]).peers
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        ConfigError, match=r"--weights-dir .*file/versions: Not a directory; give a folder"
+    ):
+        settings(["--model", "m", f"--weights-dir={tmp_path / 'file' / 'versions'}"])
+    settings(["--model", "m", f"--weights-dir={tmp_path / 'versions'}"])
+    assert list((tmp_path / "versions").iterdir()) == []

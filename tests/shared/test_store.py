@@ -6,7 +6,7 @@
 4. The digest of the weights depends on the tensors alone, not on files, order or version.
 5. Of two who publish one version at the same moment one fails, and the other's version is whole.
 6. A fetch that was cut short is gone on with; it takes no byte more than the manifest says.
-7. A store that cannot be listed is away: it is not one that has less.
+7. A store that cannot be listed is away: it is not one that has less. Its package may have errors of its own.
 """
 
 import errno
@@ -14,11 +14,15 @@ import struct
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 from described import describe, tensor_entries, verify_tensors
+from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.numpy import save_file
 from versions import Versions
 
@@ -368,3 +372,38 @@ def test_a_password_is_not_shown() -> None:
     with pytest.raises(ConfigError) as error:
         FsspecStore("nope://me:secret@host/store", "run")
     assert "secret" not in str(error.value)
+
+
+class FakeBucketError(Exception):
+    """As botocore's and others': no OSError."""
+
+
+class FakeBucket(MemoryFileSystem):  # type: ignore[misc]  # fsspec has no types
+    """Stands for a bucket that is away."""
+
+    protocol = "fakebucket"
+
+    def _away(self, *args: Any, **kwargs: Any) -> Any:
+        raise FakeBucketError("could not connect to the endpoint")
+
+    ls = info = size = exists = cat_file = open = makedirs = rm_file = _away
+
+
+def test_a_bucket_that_is_away_is_one_error_whatever_its_package_raises(tmp_path: Path) -> None:
+    versions = Versions(tmp_path)
+    versions.publish()
+    manifest = versions.manifests[0]
+    fsspec.register_implementation("fakebucket", FakeBucket, clobber=True)
+    store = FsspecStore("fakebucket://b/weights", "run")
+    calls: list[Callable[[], Any]] = [
+        store.versions,
+        store.numbers,
+        lambda: store.manifest(0),
+        lambda: store.delete(0),
+        lambda: store.fetch(manifest, tmp_path / "fetched"),
+        lambda: store.publish(manifest, versions.folder(0)),
+    ]
+    for call in calls:
+        with pytest.raises(WeightsError, match="could not connect to the endpoint") as error:
+            call()
+        assert isinstance(error.value.__cause__, OSError)  # it is waited for

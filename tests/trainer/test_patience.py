@@ -125,6 +125,16 @@ async def test_a_laggard_is_waited_for_once() -> None:
     assert waiting.behind == {}
 
 
+async def test_a_server_that_fails_is_named_while_it_is_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("trainer.patience.QUIET_S", 0.0)
+    waiting, said = patience([record("a"), record("b", 1, error="disk full")], wait_s=0.2)
+    await waiting.followed(HEAD)
+    assert said[0] == "version 2 waits for b (disk full), at most 0 s"
+    assert len(said) == 2  # and that it is left behind
+
+
 async def test_with_a_grace_the_others_have_that_much_more() -> None:
     waiting, said = patience([record("a"), record("b", 1)], wait_s=60.0)
     async with asyncio.timeout(2):
