@@ -1,4 +1,4 @@
-"""Numbers, URLs and folders of the command line, checked before anything is loaded: each refusal names its flag."""
+"""Numbers, URLs and folders of the command line, checked before anything is loaded; refusals name their flag."""
 
 import argparse
 import math

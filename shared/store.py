@@ -413,7 +413,7 @@ class _Moved(Callback):  # type: ignore[misc]  # fsspec has no types
 
 @contextlib.contextmanager
 def _as_os_errors(*known: type[Exception]) -> Iterator[None]:
-    """What a store's package raises, as OSError: some, as botocore, have errors of their own for a bucket that is away."""
+    """What a store's package raises, as OSError: botocore has errors of its own for a bucket that is away."""
     try:
         yield
     except (OSError, SpokeError, *known):

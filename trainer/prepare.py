@@ -28,6 +28,7 @@ from trainer.publish import Publisher
 from trainer.replay import Replay
 from trainer.serving import announced
 from trainer.settings import Correction, KLEstimator
+from trainer.storing import check_folder
 from trainer.update import Learner
 
 
@@ -186,6 +187,7 @@ async def connect(
         )
     url = fleet_settings.store or f"file://{(folder / 'weights').resolve()}"
     store = FsspecStore(url, settings.run)
+    check_folder(store, "fleet.store")
     say = once(say)
     async with contextlib.AsyncExitStack() as stack:
         coordinator = RedisCoordinator(fleet_settings.redis_url, settings.run)

@@ -6,11 +6,12 @@ import threading
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import ParamSpec, TypeVar
 
-from shared.errors import CoordinationError, LeaseError, WeightsError
+from shared.errors import ConfigError, CoordinationError, LeaseError, WeightsError
 from shared.manifest import Manifest
-from shared.store import WeightStore
+from shared.store import FsspecStore, WeightStore
 from shared.threads import in_daemon_thread
 
 P = ParamSpec("P")
@@ -23,6 +24,28 @@ STILL_S = 10.0
 
 class StoreHangsError(WeightsError):
     """A store neither answers nor refuses."""
+
+
+def check_folder(store: FsspecStore, name: str) -> None:
+    """Refuse a store's folder that cannot be written to, which would else be waited for.
+
+    Args:
+        store: of any kind; one that is no folder of this machine passes.
+        name: of the setting, for the message.
+
+    Raises:
+        ConfigError: naming it.
+    """
+    if store.folder is None:
+        return
+    try:
+        store.folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=store.folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{name} {store.folder}: {error.strerror}; give a folder that can be written to"
+        ) from None
 
 
 async def asked(

@@ -17,6 +17,7 @@ from trainer.fleet import wait_for_head
 from trainer.lease import hold
 from trainer.policy import DTYPES, load_policy, state_tensors
 from trainer.publish import Publisher
+from trainer.storing import check_folder
 
 
 def run(args: argparse.Namespace) -> int:
@@ -59,6 +60,7 @@ async def _push(
     coordinator = RedisCoordinator(args.redis_url, args.run)
     try:
         store = FsspecStore(args.store, args.run)
+        check_folder(store, "--store")
         holding = hold(coordinator, store.versions, args.run, _say)
         async with holding as lease:
             publisher = Publisher(
