@@ -5,8 +5,8 @@ from pathlib import Path
 
 from shared.digests import sha256
 from shared.fleet import Head
+from shared.fsspec_store import FsspecStore
 from shared.manifest import DeltaEntry, Encoding, FileEntry, Manifest, TensorEntry
-from shared.store import FsspecStore
 
 RUN = "run"
 

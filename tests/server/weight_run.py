@@ -24,9 +24,9 @@ from shared.delta_file import write_delta
 from shared.digests import sha256
 from shared.errors import WeightsError
 from shared.fleet import Head, ServerRecord
+from shared.fsspec_store import FsspecStore
 from shared.manifest import DeltaEntry, Encoding, Manifest, TensorEntry
 from shared.shards import write_shards
-from shared.store import FsspecStore
 from shared.tensor_files import TensorInfo
 
 TIMEOUT = 20.0

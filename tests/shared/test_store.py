@@ -23,8 +23,9 @@ from safetensors.numpy import save_file
 from versions import Versions
 
 from shared.errors import ConfigError, WeightsError
+from shared.fsspec_store import FsspecStore
 from shared.manifest import Manifest
-from shared.store import MANIFEST, FsspecStore
+from shared.store import MANIFEST
 
 
 def shard(folder: Path, name: str = "weights-00000.safetensors", scale: float = 1.0) -> Path:
@@ -341,7 +342,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path: Path) -> None:
         "import resource, sys\n"
         "from pathlib import Path\n"
         "from shared.errors import RoomError\n"
-        "from shared.store import FsspecStore\n"
+        "from shared.fsspec_store import FsspecStore\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
         "store = FsspecStore(sys.argv[1], 'run')\n"
         "try: store.fetch(store.manifest(0), Path(sys.argv[2]))\n"

@@ -8,7 +8,7 @@ import pytest
 
 from shared.coordination import RedisCoordinator
 from shared.fleet import Head, ServerRecord, ServerState
-from shared.store import FsspecStore
+from shared.fsspec_store import FsspecStore
 from trainer.cli import main
 
 SECRET = "sftp://me:secret@host/store"
