@@ -1,29 +1,30 @@
 """A weight store on any fsspec URL: a folder, or an object store.
 
-Files first, the manifest last. Only this file touches fsspec.
+Files first, the manifest last.
 """
 
 import contextlib
-import os
 import posixpath
 import threading
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-import fsspec
-from fsspec.callbacks import Callback
-
 from shared.digests import sha256_of
 from shared.errors import ConfigError, LocalError, WeightsError
+from shared.file_system import (
+    OBJECTS,
+    as_os_errors,
+    explained,
+    lacks_bucket,
+    open_file_system,
+    protocols,
+)
 from shared.manifest import FileEntry, Manifest, check_run_name
-from shared.receiving import FULL, PIECE, Opener, Stop, receive, receive_all
+from shared.new_files import LOCAL, NewFiles
+from shared.receiving import PIECE, Opener, Stop, receive, receive_all
 from shared.store import MANIFEST, MANIFEST_BYTES, version_folder, version_of
 from shared.store_url import is_http, shown
 
-_LOCAL = frozenset({"file", "local"})
-_CREATES = frozenset({"s3", "s3a", "gs", "gcs", "memory"})
-"""Protocols whose fsspec implementation knows the exclusive mode `create`."""
 _BLOCK = 8 << 20
 """Bytes that are asked of an object store at once."""
 
@@ -31,10 +32,8 @@ _BLOCK = 8 << 20
 class FsspecStore:
     """A `WeightStore` on any fsspec URL (`file://`, `s3://`, `gs://`, `memory://`, …).
 
-    Of two trainers that publish one version, the second fails: on local files its manifest is linked into place,
-    which the system refuses where one is; on s3, gs and memory it is put with the condition that none is there.
-    Other protocols have no such thing: there the store looks before it writes, and two who look at the same moment
-    both write. The lease in Redis stands before all of this.
+    Of two trainers that publish one version, the second fails; `new_files` says how. Where that only looks before
+    it writes, two who look at the same moment both write. The lease in Redis stands before all of this.
 
     Args:
         url: root of the store; a path without a scheme is a local folder.
@@ -55,17 +54,12 @@ class FsspecStore:
             )
         try:
             check_run_name(run)
-            self._fs, root = fsspec.core.url_to_fs(url)
-        except (ValueError, ImportError) as error:
+        except ValueError as error:
             raise ConfigError(f"weight store {self.url!r}: {error}") from None
-        except OSError as error:
-            reason = str(error) or type(error).__name__
-            raise WeightsError(f"weight store {self.url} cannot be reached: {reason}") from error
+        self._fs, root = open_file_system(url)
         self._root = posixpath.join(root, run)
         self._run = run
-        protocol = self._fs.protocol
-        self._protocols = {protocol} if isinstance(protocol, str) else set(protocol)
-        self._local = bool(self._protocols & _LOCAL)
+        self._local = bool(protocols(self._fs) & LOCAL)
 
     @property
     def folder(self) -> Path | None:
@@ -87,12 +81,22 @@ class FsspecStore:
     def _named(self, what: str) -> Iterator[None]:
         """Errors of the store's own kind as ours."""
         try:
-            yield
+            with self._errors():
+                yield
         except OSError as error:
-            reason = str(error) or type(error).__name__
-            if error.errno in FULL:
-                reason += "; free some room, or lower fleet.keep_versions"
-            raise WeightsError(f"weight store {self.url}: {what}: {reason}") from error
+            raise WeightsError(f"weight store {self.url}: {what}: {explained(error)}") from error
+
+    @contextlib.contextmanager
+    def _errors(self) -> Iterator[None]:
+        """Errors of the store's own kind as OSErrors."""
+        try:
+            with as_os_errors():
+                yield
+        except PermissionError:
+            if protocols(self._fs) & OBJECTS:  # credentials may come or change: look for them anew
+                self._fs.clear_instance_cache()
+                self._fs, _ = open_file_system(self.given)
+            raise
 
     def publish(
         self,
@@ -108,14 +112,15 @@ class FsspecStore:
         with self._named(f"version {version}"):
             if self._fs.exists(self._path(version, MANIFEST)):
                 raise self._taken(version)
-            self._fs.makedirs(self._path(version), exist_ok=True)
+            new = NewFiles(self._fs)
+            new.folder(self._path(version))
             for entry in (*manifest.files, *extra):
-                self._put(version, entry, folder / entry.name, moved)
+                self._put(new, version, entry, folder / entry.name, moved)
                 moved()
             before_manifest()
             # Last, and whole: a reader that sees the manifest must find every byte it names.
             try:
-                self._create(self._path(version, MANIFEST), manifest.encode())
+                new.create(self._path(version, MANIFEST), manifest.encode())
             except FileExistsError:
                 raise self._taken(version) from None
 
@@ -125,59 +130,27 @@ class FsspecStore:
             "a version number is never used for other bytes"
         )
 
-    def _put(self, version: int, entry: FileEntry, source: Path, moved: Callable[[], None]) -> None:
+    def _put(
+        self,
+        new: NewFiles,
+        version: int,
+        entry: FileEntry,
+        source: Path,
+        moved: Callable[[], None],
+    ) -> None:
         """Put one file, never over another one."""
         path = self._path(version, entry.name)
-        if self._fs.exists(path):
-            if self._fs.size(path) == entry.size and self._sha256(path) == entry.sha256:
+        if not self._fs.exists(path):
+            try:
+                new.put(path, source, moved, link=source.is_relative_to(self._root))
                 return
+            except FileExistsError:
+                pass  # our double's, just now; or ours, and the answer was lost
+        if self._fs.size(path) != entry.size or self._sha256(path) != entry.sha256:
             raise WeightsError(
                 f"version {version} of run {self._run} has another {entry.name} in the store already: a trainer "
                 "died while it published, or one is publishing now; take the next number"
             )
-        if not self._local:
-            self._fs.put_file(str(source), path, callback=_Moved(moved))
-            return
-        with contextlib.suppress(FileExistsError):  # our double, just now: the manifest decides
-            if source.is_relative_to(self._root):
-                _sync(str(source))
-                os.link(source, path)
-                return
-            with self._partial(path) as partial:
-                self._fs.put_file(str(source), partial)
-                _sync(partial)
-                os.link(partial, path)
-
-    def _create(self, path: str, data: bytes) -> None:
-        """Make a file that is there whole or not at all.
-
-        Raises:
-            FileExistsError: there is one.
-        """
-        if self._local:
-            with self._partial(path) as partial:
-                self._fs.pipe_file(partial, data)
-                _sync(partial)
-                os.link(partial, path)
-            _sync(posixpath.dirname(path))
-        elif self._protocols & _CREATES:
-            self._fs.pipe_file(path, data, mode="create")
-        else:
-            with self._partial(path) as partial:
-                self._fs.pipe_file(partial, data)
-                if self._fs.exists(path):
-                    raise FileExistsError(path)
-                self._fs.mv(partial, path)
-
-    @contextlib.contextmanager
-    def _partial(self, path: str) -> Iterator[str]:
-        """A name beside a path that nobody else writes to; gone at the end."""
-        partial = f"{path}.{uuid.uuid4().hex[:8]}.partial"
-        try:
-            yield partial
-        finally:
-            if self._fs.exists(partial):
-                self._fs.rm_file(partial)
 
     def _sha256(self, path: str) -> str:
         with self._fs.open(path, "rb") as stream:
@@ -185,14 +158,14 @@ class FsspecStore:
 
     def manifest(self, version: int) -> Manifest:
         """See `WeightReader.manifest`."""
-        path = self._path(version, MANIFEST)
         try:
-            if self._fs.size(path) > MANIFEST_BYTES:
+            with self._errors():
+                data = self._fs.cat_file(self._path(version, MANIFEST), end=MANIFEST_BYTES + 1)
+            if len(data) > MANIFEST_BYTES:
                 raise OSError(f"it has more than {MANIFEST_BYTES} bytes")
-            data = self._fs.cat_file(path)
         except OSError as error:
             raise WeightsError(
-                f"version {version} of run {self._run} has no readable manifest in {self.url}: {error}"
+                f"version {version} of run {self._run} has no readable manifest in {self.url}: {explained(error)}"
             ) from error
         return Manifest.decode(data, run=self._run, version=version)
 
@@ -209,11 +182,12 @@ class FsspecStore:
 
         def one(entry: FileEntry) -> Path:
             try:
-                return receive(entry, folder, self._opener(version), ended)
+                with self._errors():
+                    return receive(entry, folder, self._opener(version), ended)
             except LocalError:
                 raise
             except (OSError, WeightsError) as error:
-                reason = str(error) or type(error).__name__
+                reason = explained(error) if isinstance(error, OSError) else str(error)
                 raise WeightsError(
                     f"version {version}: {entry.name} from {self.url}: {reason}"
                 ) from error
@@ -249,8 +223,10 @@ class FsspecStore:
             self._fs.invalidate_cache()
             try:
                 found = self._fs.ls(self._root, detail=False)
-            except FileNotFoundError:  # nothing was published yet
-                return []
+            except FileNotFoundError as error:
+                if lacks_bucket(error):
+                    raise
+                return []  # nothing was published yet
         return _numbers(str(path).rstrip("/") for path in found)
 
     def _listed(self) -> contextlib.AbstractContextManager[None]:
@@ -266,27 +242,6 @@ class FsspecStore:
                 self._fs.rm(self._path(version), recursive=True)
 
 
-class _Moved(Callback):  # type: ignore[misc]  # fsspec has no types
-    """Passes on that bytes have got there."""
-
-    def __init__(self, moved: Callable[[], None]) -> None:
-        super().__init__()
-        self._moved = moved
-
-    def call(self, *args: object, **kwargs: object) -> None:
-        """Called by fsspec after each part."""
-        self._moved()
-
-
 def _numbers(paths: Iterable[str]) -> list[int]:
     found = (version_of(posixpath.basename(path)) for path in paths)
     return sorted(version for version in found if version is not None)
-
-
-def _sync(path: str) -> None:
-    """Local files reach the disk before anyone hears of them; object stores are durable on return."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
