@@ -25,6 +25,8 @@ STALL_S = 15.0
 TRIES = 3
 """Of each request to S3 that got no answer, or one that says to come again. s3fs' own tries, five of five where it
 reads, are switched off: they would make half an hour of a store that accepts and says nothing."""
+PUTS = 4
+"""Parts of a file that are put into S3 at once: what the system has buffered of them must leave within `STALL_S`."""
 
 _CLIENTS = frozenset(
     {"adlfs", "aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "paramiko", "s3fs"}
@@ -59,7 +61,7 @@ def open_file_system(url: str) -> tuple[AbstractFileSystem, str]:
             f"weight store {shown(url)} cannot be reached: {explained(error)}"
         ) from error
     if scheme in S3:
-        found.retries = 1
+        found.retries, found.max_concurrency = 1, PUTS
     return found, root
 
 
@@ -108,8 +110,13 @@ def lacks_bucket(error: OSError) -> bool:
     return response.get("Error", {}).get("Code") == "NoSuchBucket"
 
 
-def explained(error: OSError) -> str:
-    """What a store's error says, and what to do about it."""
+def explained(error: OSError, remedy: str = "") -> str:
+    """What a store's error says, and what to do about it.
+
+    Args:
+        error: of the store.
+        remedy: where none is known of this error.
+    """
     reason = str(error) or type(error).__name__
     if error.errno in FULL:
         return f"{reason}; free some room, or lower fleet.keep_versions"
@@ -122,4 +129,4 @@ def explained(error: OSError) -> str:
         return f"{reason}; see which credentials this process finds, and what they may do there"
     if isinstance(error, ConnectionError | TimeoutError) and error.errno is None:
         return f"{reason}; see that this machine reaches the store"
-    return reason
+    return f"{reason}; {remedy}" if remedy else reason

@@ -78,13 +78,15 @@ class FsspecStore:
         return posixpath.join(self._root, version_folder(version), name)
 
     @contextlib.contextmanager
-    def _named(self, what: str) -> Iterator[None]:
+    def _named(self, what: str, remedy: str = "") -> Iterator[None]:
         """Errors of the store's own kind as ours."""
         try:
             with self._errors():
                 yield
         except OSError as error:
-            raise WeightsError(f"weight store {self.url}: {what}: {explained(error)}") from error
+            raise WeightsError(
+                f"weight store {self.url}: {what}: {explained(error, remedy)}"
+            ) from error
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
@@ -231,7 +233,7 @@ class FsspecStore:
 
     def _listed(self) -> contextlib.AbstractContextManager[None]:
         remedy = "see that this machine reaches the store and may list it"
-        return self._named(f"run {self._run} cannot be listed ({remedy})")
+        return self._named(f"run {self._run} cannot be listed", remedy)
 
     def delete(self, version: int) -> None:
         """See `WeightStore.delete`."""

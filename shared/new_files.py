@@ -24,7 +24,7 @@ LOCAL = frozenset({"file", "local"})
 CREATE = OBJECTS | {"memory"}
 """Protocols whose fsspec implementation knows the exclusive mode `create`."""
 PART = 16 << 20
-"""Bytes of a part of what is put into an object store; ten are sent at once. It takes 10,000 of one file."""
+"""Bytes of a part of what is put into an object store, which takes 10,000 of one file."""
 
 
 class NewFiles:

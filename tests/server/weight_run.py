@@ -53,13 +53,20 @@ class Run:
         folder: of the store.
         redis_url: of Redis.
         tensors: version 0.
+        store: elsewhere than in the folder.
     """
 
-    def __init__(self, folder: Path, redis_url: str, tensors: dict[str, Tensor] | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        redis_url: str,
+        tensors: dict[str, Tensor] | None = None,
+        store: str = "",
+    ):
         self.name = f"run-{uuid.uuid4().hex[:8]}"
         self.redis_url = redis_url
         self.root = folder / "store"
-        self.store = FsspecStore(f"file://{self.root}", self.name)
+        self.store = FsspecStore(store or f"file://{self.root}", self.name)
         self.coordinator = RedisCoordinator(redis_url, self.name)
         random = torch.Generator().manual_seed(0)
         self.tensors = tensors or {

@@ -298,7 +298,7 @@ def test_a_store_that_cannot_be_listed_is_away(
     store.url = "sftp://host/store"
     monkeypatch.setattr(store._fs, call, away)
     with pytest.raises(
-        WeightsError, match=r"sftp://host/store: run run cannot be listed \(see that"
+        WeightsError, match=r"sftp://host/store: run run cannot be listed: .* see that this machine"
     ):
         store.versions()
     if call == "ls":
