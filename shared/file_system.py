@@ -26,7 +26,7 @@ TRIES = 3
 """Of each request to S3 that got no answer, or one that says to come again. s3fs' own tries, five of five where it
 reads, are switched off: they would make half an hour of a store that accepts and says nothing."""
 PUTS = 4
-"""Parts of a file that are put into S3 at once: what the system has buffered of them must leave within `STALL_S`."""
+"""Parts of a file that are put into S3 at once: what the system buffers of them must leave within `STALL_S`."""
 
 _CLIENTS = frozenset(
     {"adlfs", "aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "paramiko", "s3fs"}
@@ -107,7 +107,7 @@ def _kind(names: str) -> type[OSError]:
 def lacks_bucket(error: OSError) -> bool:
     """Is it the bucket that is not there?"""
     response = getattr(error.__cause__, "response", None) or {}
-    return response.get("Error", {}).get("Code") == "NoSuchBucket"
+    return bool(response.get("Error", {}).get("Code") == "NoSuchBucket")
 
 
 def explained(error: OSError, remedy: str = "") -> str:

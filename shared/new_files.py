@@ -3,8 +3,10 @@
 | protocol | how |
 |---|---|
 | a folder | written beside its place, synced, linked into it: the system refuses where one is |
-| s3, gs, memory | put with the condition that none is there (`If-None-Match` on S3) |
+| s3, gs | put with the condition that none is there (`If-None-Match` on S3) |
 | others | looked for before it is written; a small one is moved into its place |
+
+The condition is a mode of fsspec's; in memory it looks and then writes, too.
 """
 
 import contextlib
