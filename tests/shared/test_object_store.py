@@ -65,9 +65,9 @@ def test_what_another_process_wrote_is_seen_at_once(place: Bucket, tmp_path: Pat
             reader.manifest(version)
         versions.publish(anchor=True)
         copied(versions, place)
-        assert reader.numbers() == reader.versions() == list(range(version + 1))
-        # What fsspec would remember of it, if it were let.
+        # What fsspec would remember of the version before, if it were let.
         assert len(reader._fs.ls(f"{place.bucket}/store/{RUN}")) == version + 1
+        assert reader.numbers() == reader.versions() == list(range(version + 1))
         manifest = reader.manifest(version)
         assert manifest == versions.manifests[version]
         reader.fetch(manifest, tmp_path / f"{version}")
