@@ -53,7 +53,8 @@ def open_file_system(url: str) -> tuple[AbstractFileSystem, str]:
             "retries": {"mode": "standard", "total_max_attempts": TRIES},
         } | fsspec.config.conf.get(scheme, {}).get("config_kwargs", {})
     try:
-        found, root = fsspec.core.url_to_fs(url, **options)
+        with as_os_errors():
+            found, root = fsspec.core.url_to_fs(url, **options)
     except (ValueError, ImportError) as error:
         raise ConfigError(f"weight store {shown(url)!r}: {error}") from None
     except OSError as error:
