@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fake_s3 import FakeS3, running_fake_s3
 from support import running_redis
 
 # Before torch is imported: more threads than cores that are free make it many times slower, not faster.
@@ -61,3 +62,10 @@ def redis_url() -> Iterator[str]:
     """URL of a real redis-server that lives as long as the test session."""
     with running_redis() as server:
         yield server.url
+
+
+@pytest.fixture(scope="session")
+def fake_s3() -> Iterator[FakeS3]:
+    """An emulator of S3 on a real socket that lives as long as the test session."""
+    with running_fake_s3() as fake:
+        yield fake

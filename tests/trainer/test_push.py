@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from shared.chain import Chain, Held, write_full
 from shared.coordination import RedisCoordinator
 from shared.fleet import Head, ServerRecord, ServerState
-from shared.store import FsspecStore
+from shared.fsspec_store import FsspecStore
 from trainer.cli import main
 
 SECRET = "sftp://me:secret@host/store"

@@ -11,7 +11,7 @@ from torch import Tensor
 from shared.coordination import RedisCoordinator
 from shared.errors import ConfigError
 from shared.fleet import Head, ServerRecord
-from shared.store import FsspecStore
+from shared.fsspec_store import FsspecStore
 from shared.store_url import check_announced
 from trainer.base_version import as_published
 from trainer.commands.fleet import show
