@@ -14,7 +14,7 @@ import httpx
 
 from shared.addresses import host_and_port
 from shared.errors import ConfigError
-from shared.store import FsspecStore
+from shared.fsspec_store import FsspecStore
 from shared.store_url import check_announced
 from trainer.launch import free_port
 from trainer.settings import FleetSettings

@@ -10,8 +10,9 @@ from tempfile import TemporaryFile
 from typing import ParamSpec, TypeVar
 
 from shared.errors import ConfigError, CoordinationError, LeaseError, WeightsError
+from shared.fsspec_store import FsspecStore
 from shared.manifest import Manifest
-from shared.store import FsspecStore, WeightStore
+from shared.store import WeightStore
 from shared.threads import in_daemon_thread
 
 P = ParamSpec("P")
