@@ -168,6 +168,10 @@ class HttpStore:
                 yield start, _in_time(response, CONNECT_S + STALL_S + (size - start) / SLOWEST)
         except httpx.TransportError as error:
             reason = str(error) or type(error).__name__
+            if "WRONG_VERSION_NUMBER" in reason:
+                reason = (
+                    "no TLS is spoken there: write http://, or put a proxy that ends TLS in front"
+                )
             raise _AgainError(f"the connection failed: {reason}") from error
         except (httpx.InvalidURL, UnicodeError) as error:  # a host that is no host's name
             raise WeightsError(f"its URL cannot be asked: {error}") from error

@@ -105,6 +105,19 @@ async def test_what_was_published_is_fetched(versions: Versions, tmp_path: Path)
         await asyncio.to_thread(work, port)
 
 
+async def test_https_where_no_tls_is_spoken_has_its_remedy(versions: Versions) -> None:
+    def work(port: int) -> None:
+        store = open_store(f"https://127.0.0.1:{port}", RUN, token=TOKEN)
+        with (
+            contextlib.closing(store),
+            pytest.raises(WeightsError, match=r"no TLS .*: write http://"),
+        ):
+            store.manifest(0)
+
+    async with on_a_socket(create_app(versions.root, TOKEN)) as port:
+        await asyncio.to_thread(work, port)
+
+
 @pytest.mark.parametrize("token", [None, "another-0123456789abcdef"])
 async def test_a_wrong_token_is_said_and_not_shown(versions: Versions, token: str | None) -> None:
     def work(port: int) -> None:
