@@ -141,20 +141,20 @@ def start_method() -> str:
 def _started_by(by_the_loop: Callable[[Callable[[], None]], None], threads: int) -> Iterator[None]:
     """Let the event loop's thread start the processes of the vLLM that is made meanwhile."""
 
-    class Manager(vllm_processes.CoreEngineProcManager):
+    class Manager(vllm_processes.CoreEngineProcManager):  # type: ignore[misc]  # mypy skips vLLM
         def __init__(self, *args: object, **kwargs: object) -> None:
             def start_processes() -> None:
                 torch.set_num_threads(threads)  # of this thread, and so of a process that it forks
-                super(Manager, self).__init__(*args, **kwargs)  # type: ignore[arg-type]  # as vLLM gave them
+                super(Manager, self).__init__(*args, **kwargs)
 
             by_the_loop(start_processes)
 
     usual = vllm_processes.CoreEngineProcManager
-    vllm_processes.CoreEngineProcManager = Manager  # type: ignore[misc]  # its maker finds it by this name
+    vllm_processes.CoreEngineProcManager = Manager  # its maker finds it by this name
     try:
         yield
     finally:
-        vllm_processes.CoreEngineProcManager = usual  # type: ignore[misc]
+        vllm_processes.CoreEngineProcManager = usual
 
 
 def _arguments(settings: EngineSettings) -> AsyncEngineArgs:

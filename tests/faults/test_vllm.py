@@ -12,102 +12,27 @@ All the time a watcher compares the live tensors with those of the version that 
 import contextlib
 import os
 import signal
-import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
+from faults.asker import BOUND_S, TREE, Asker
 from faults.conftest import Run
 from faults.parts import Leader, Member, until
 from support import running_redis
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
-ENGINE = ("--engine", "vllm", "--kv-cache-gib", "0.1", "--liveness-timeout", "5")
-BOUND_S = 60.0
-"""Of anything here: nothing waits for ever."""
-TREE = {
-    "prompt": "Ana has 12 apples. She buys 5 more. How many apples does Ana have now?\n",
-    "plan": {"kind": "tree", "branch_factors": [6, 4, 4, 2], "segment_tokens": 24},
-    "sampling": {"max_tokens": 120, "temperature": 1.0},
-    "reward": {"name": "gsm8k", "reference": "17"},
-}
+ENGINE = ("--engine", "vllm", "--kv-cache-gib", "0.1", "--liveness-timeout", "10")
 
 
 def alive(pid: int) -> bool:
     with contextlib.suppress(OSError):
         return " Z " not in Path(f"/proc/{pid}/stat").read_text()
     return False
-
-
-@dataclass
-class Asker:
-    """Asks a server for trees all the time, or for its weights; notes every answer."""
-
-    member: Member
-    run: Run
-    trees: list[httpx.Response] = field(default_factory=list)
-    lives: list[dict[str, Any]] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)
-    ended: bool = False
-
-    @contextlib.contextmanager
-    def asking(self) -> Iterator["Asker"]:
-        works = [self.ask_tree, self.ask_tree, self.ask_live]
-        threads = [threading.Thread(target=work, daemon=True) for work in works]
-        for thread in threads:
-            thread.start()
-        try:
-            yield self
-        finally:
-            self.ended = True
-            for thread in threads:
-                thread.join(BOUND_S)
-            assert not any(thread.is_alive() for thread in threads), "an answer never came"
-        assert not self.wrong, self.wrong
-
-    def ask_tree(self) -> None:
-        """One tree after the other, until one is refused."""
-        with httpx.Client(base_url=self.member.url, timeout=BOUND_S) as client:
-            while not self.ended and all(answer.is_success for answer in self.trees):
-                try:
-                    self.trees.append(client.post("/rollout_tree", json=TREE))
-                except httpx.TransportError as error:  # an answer that was owed
-                    self.wrong.append(repr(error))
-                    return
-
-    def ask_live(self) -> None:
-        """What it says it holds is what it holds, whenever it says anything."""
-        with httpx.Client(base_url=self.member.url, timeout=BOUND_S) as client:
-            while not self.ended:
-                try:
-                    answer = client.get("/weights/live")
-                except httpx.TransportError:
-                    return
-                if answer.status_code == 200:
-                    self.lives.append(live := answer.json())
-                    if live["tensors"] != self.run.tensors_of(live["version"]):
-                        self.wrong.append(f"mixed weights under version {live['version']}")
-
-    def refused(self) -> list[str]:
-        """What those were told whose tree did not end well."""
-        found = [answer for answer in self.trees if not answer.is_success]
-        assert all(a.headers["content-type"] == "application/problem+json" for a in found)
-        assert all(a.status_code == 503 for a in found)
-        return [answer.json()["detail"] for answer in found]
-
-    def gone_on(self) -> None:
-        """Wait until a tree has begun and ended well from now on."""
-        before = len(self.trees)
-        until(
-            lambda: sum(a.status_code == 200 for a in list(self.trees)[before:]) > 2,
-            "trees are sampled",
-            BOUND_S,
-        )
 
 
 @dataclass
@@ -199,7 +124,6 @@ def test_a_server_whose_load_is_ended_ends(run: Run, number: signal.Signals, cod
 def test_vllm_stopped_for_a_while_inside_an_update_goes_on(fleet: Fleet) -> None:
     fleet.up()
     with Asker(fleet.member, fleet.run).asking() as asker:
-        asker.gone_on()
         engine = fleet.mid("apply")
         os.kill(engine, signal.SIGSTOP)
         newest = fleet.run.publish(fleet.leader)
@@ -212,7 +136,7 @@ def test_vllm_stopped_for_a_while_inside_an_update_goes_on(fleet: Fleet) -> None
         asker.gone_on()
         until(lambda: asker.lives[-1]["version"] == newest, "its tensors are seen", BOUND_S)
     assert len(asker.lives) > seen
-    assert not asker.refused()
+    assert not asker.refused
     assert alive(engine)
     fleet.run.check(fleet.member)
 
@@ -220,17 +144,15 @@ def test_vllm_stopped_for_a_while_inside_an_update_goes_on(fleet: Fleet) -> None
 def test_vllm_killed_inside_an_update_ends_the_server_and_another_catches_up(fleet: Fleet) -> None:
     fleet.up()
     with Asker(fleet.member, fleet.run).asking() as asker:
-        asker.gone_on()
         os.kill(fleet.mid("apply"), signal.SIGKILL)
         fleet.ends("vLLM's process is gone")
-    assert len(asker.refused()) == 2  # both that were open: sampling was paused
+    asker.told()
     fleet.up()
 
 
 def test_vllm_stopped_for_ever_inside_an_update_is_given_up(fleet: Fleet) -> None:
     fleet.up()
     with Asker(fleet.member, fleet.run).asking() as asker:
-        asker.gone_on()
         engine = fleet.mid("apply")
         os.kill(engine, signal.SIGSTOP)
         stopped = time.monotonic()
@@ -238,7 +160,7 @@ def test_vllm_stopped_for_ever_inside_an_update_is_given_up(fleet: Fleet) -> Non
         fleet.ends("did not write version")
         assert time.monotonic() - stopped < BOUND_S
     assert not alive(engine)
-    assert len(asker.refused()) == 2
+    asker.told()
     fleet.up()
 
 
@@ -249,10 +171,9 @@ def test_vllm_killed_mid_tree_ends_the_server_and_another_takes_its_place(fleet:
     newest = max(fleet.run.published)
     fleet.member.wait_version(newest)
     with Asker(fleet.member, fleet.run).asking() as asker:
-        asker.gone_on()
         os.kill(engine, signal.SIGKILL)
         fleet.ends("vLLM's process is gone")
-    assert asker.refused()
+    asker.told()
     fleet.up()
 
 
@@ -260,10 +181,9 @@ def test_vllm_stopped_for_ever_mid_tree_gives_no_sign_of_life(fleet: Fleet) -> N
     """While it reads a version that it is to take, and samples."""
     fleet.up()
     with Asker(fleet.member, fleet.run).asking() as asker:
-        asker.gone_on()
         engine = fleet.mid("stage")
         os.kill(engine, signal.SIGSTOP)
-        fleet.ends("no sign of life in 5 s")
+        fleet.ends("no sign of life in 10 s")
     assert not alive(engine)
-    assert len(asker.refused()) == 2
+    asker.told()
     fleet.up()
