@@ -1,4 +1,4 @@
-# A rollout server: server/ and shared/ with the `server` extra, nothing of the trainer.
+# A rollout server: server/ and shared/ with the extras `server` and `s3`, nothing of the trainer.
 #
 #   docker build --network host -f docker/server.Dockerfile -t spoke-server .
 #   docker run --rm -p 8000:8000 -e SPOKE_TOKENS="$TOKEN rollout,metrics" -v "$PWD/model:/model:ro" spoke-server \
@@ -32,7 +32,7 @@ COPY pyproject.toml ./
 COPY .ci/install .ci/overrides-cpu.txt .ci/
 COPY docker/constraints-cpu.txt docker/
 RUN touch README.md && python3 -m venv venv \
- && .ci/install venv/bin/python "$TARGET" ".[server${ENGINE_EXTRA:+,$ENGINE_EXTRA}]" \
+ && .ci/install venv/bin/python "$TARGET" ".[server,s3${ENGINE_EXTRA:+,$ENGINE_EXTRA}]" \
  && pip uninstall -q -y uv
 
 # `spoke` is the trainer's command: without the trainer it could only end in a traceback.

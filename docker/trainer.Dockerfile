@@ -1,4 +1,4 @@
-# The trainer: trainer/, shared/ and configs/ with the `trainer` extra, nothing of the server.
+# The trainer: trainer/, shared/ and configs/ with the extras `trainer` and `s3`, nothing of the server.
 #
 #   docker build --network host -f docker/trainer.Dockerfile -t spoke-trainer .
 #   docker run --rm spoke-trainer --help
@@ -23,7 +23,7 @@ COPY pyproject.toml ./
 COPY .ci/install .ci/overrides-cpu.txt .ci/
 COPY docker/constraints-cpu.txt docker/
 RUN touch README.md && python3 -m venv venv \
- && .ci/install venv/bin/python "$TARGET" ".[trainer]" \
+ && .ci/install venv/bin/python "$TARGET" ".[trainer,s3]" \
  && pip uninstall -q -y uv
 
 # `spoke-server` is the server's command: without the server it could only end in a traceback.

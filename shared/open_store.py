@@ -1,7 +1,8 @@
 """The reader of a weight store, by its URL."""
 
+from shared.fsspec_store import FsspecStore
 from shared.http_store import HttpStore
-from shared.store import FsspecStore, WeightReader
+from shared.store import WeightReader
 from shared.store_url import is_http
 
 

@@ -2,10 +2,12 @@
 
 import importlib.util
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from fake_s3 import FakeS3, running_fake_s3
 from support import running_redis
 
 # Before torch is imported: more threads than cores that are free make it many times slower, not faster.
@@ -14,6 +16,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 ROOT = Path(__file__).resolve().parents[1]
 MATERIAL = ROOT.parent / "shared"
 """Data, models and golden numbers beside the checkout; not the project's own `shared/` package."""
+
+
+def pytest_configure() -> None:
+    """A shell that starts tests in the background lets them ignore Ctrl-C, which some of them send."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -61,3 +69,10 @@ def redis_url() -> Iterator[str]:
     """URL of a real redis-server that lives as long as the test session."""
     with running_redis() as server:
         yield server.url
+
+
+@pytest.fixture(scope="session")
+def fake_s3() -> Iterator[FakeS3]:
+    """An emulator of S3 on a real socket that lives as long as the test session."""
+    with running_fake_s3() as fake:
+        yield fake

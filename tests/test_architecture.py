@@ -23,7 +23,7 @@ ONLY_IN = {
         "server/engines/vllm_worker.py",
     },
     "redis": {"shared/coordination.py"},
-    "fsspec": {"shared/store.py"},
+    "fsspec": {"shared/file_system.py", "shared/new_files.py"},
 }
 FILES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))
 

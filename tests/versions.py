@@ -5,8 +5,8 @@ from pathlib import Path
 
 from shared.digests import sha256
 from shared.fleet import Head
+from shared.fsspec_store import FsspecStore
 from shared.manifest import DeltaEntry, Encoding, FileEntry, Manifest, TensorEntry
-from shared.store import FsspecStore
 
 RUN = "run"
 
@@ -32,6 +32,7 @@ class Versions:
         delta: bytes of a delta.
         branch: tells runs of the same numbers and other bytes apart.
         run: its name; one of its own where Redis is shared with other tests.
+        url: of a store elsewhere than in the folder.
     """
 
     def __init__(
@@ -42,10 +43,11 @@ class Versions:
         delta: int = 20_000,
         branch: str = "",
         run: str = RUN,
+        url: str = "",
     ) -> None:
         self.root = folder / "store"
         self.made = folder / "made"
-        self.store = FsspecStore(f"file://{self.root}", run)
+        self.store = FsspecStore(url or f"file://{self.root}", run)
         self.run = run
         self._shards, self._delta, self._branch = shards, delta, branch
         self.manifests: list[Manifest] = []

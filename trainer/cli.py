@@ -197,6 +197,10 @@ def _add_push(parse: argparse.ArgumentParser) -> None:
         help="its URL as servers reach it, such as that of `spoke store`; default: the same",
     )  # fmt: skip
     parse.add_argument(
+        "--base", default=None, metavar="MODEL_DIR",
+        help="the checkpoint that was pushed last: only what changed since is sent, unless that is much",
+    )  # fmt: skip
+    parse.add_argument(
         "--keep-versions", type=int, default=3, metavar="N",
         help="newest versions that stay in the store whatever the servers hold (default: 3)",
     )  # fmt: skip

@@ -98,13 +98,13 @@ def encode_version(
     Raises:
         WeightsError: the folder cannot be written; the disk is full, say.
     """
-    infos = canonical_order(tensor_info(name, tensor) for name, tensor in tensors.items())
+    infos = _infos(tensors)
     full_bytes = sum(info.nbytes for info in infos)
     step: DeltaEntry | None = None
     if previous is not None and _worth_trying(previous.tensors, tensors):
         step, entries = _write_step(previous, tensors, infos, folder, int(MOST_DELTA * full_bytes))
     if step is None or previous is None:
-        entries = tuple(_entry(info, tensors) for info in infos)
+        entries = tensor_entries(tensors)
         deltas = chain_bytes = 0
     else:
         deltas = previous.deltas + 1
@@ -124,6 +124,15 @@ def encode_version(
 def tensor_info(name: str, tensor: Tensor) -> TensorInfo:
     """What a manifest says of a tensor, save its hash."""
     return TensorInfo(name=name, dtype=_NAMES[tensor.dtype], shape=tuple(tensor.shape))
+
+
+def tensor_entries(tensors: Mapping[str, Tensor]) -> tuple[TensorEntry, ...]:
+    """What a manifest says of the tensors, in its order; hashes each."""
+    return tuple(_entry(info, tensors) for info in _infos(tensors))
+
+
+def _infos(tensors: Mapping[str, Tensor]) -> list[TensorInfo]:
+    return canonical_order(tensor_info(name, tensor) for name, tensor in tensors.items())
 
 
 def bits_of(tensor: Tensor) -> NDArray[Any]:

@@ -9,7 +9,7 @@ import torch
 
 from shared.coordination import RedisCoordinator
 from shared.errors import ConfigError
-from shared.store import FsspecStore
+from shared.fsspec_store import FsspecStore
 from trainer import checkpoints
 from trainer.algorithms import AlgorithmName
 from trainer.broadcasting import broadcasting

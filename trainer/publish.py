@@ -94,6 +94,10 @@ class Publisher:
         self._reports: list[PublishReport] = []
         self._collecting: asyncio.Task[None] | None = None
 
+    def start_from(self, version: EncodedVersion) -> None:
+        """Publish the next version against one that another process published: see `as_published`."""
+        self._previous = version
+
     async def next_version(self, after: int = -1) -> int:
         """One more than every version that was begun in the store, announced, or that a live server knows.
 
@@ -210,7 +214,7 @@ class Publisher:
                 dtype=self._dtype,
                 folder=scratch.folder,
                 previous=previous,
-                # The first of a process has nothing to start from, and is one too.
+                # The first of a process has nothing to start from, mostly, and is one too.
                 anchor_due=previous is None or previous.deltas + 1 >= self._anchor_every,
             )
         except WeightsError:

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 
 from shared.errors import ConfigError
-from shared.store import FsspecStore
+from shared.fsspec_store import FsspecStore
 from shared.store_url import check_announced
 from trainer.launch import free_port
 from trainer.settings import FleetSettings

@@ -23,7 +23,7 @@ from faults.clock import skew
 
 from shared.coordination import RedisCoordinator
 from shared.errors import SpokeError
-from shared.store import FsspecStore
+from shared.fsspec_store import FsspecStore
 from trainer.lease import hold
 from trainer.policy import load_policy, state_tensors
 from trainer.publish import Publisher

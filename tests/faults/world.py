@@ -2,9 +2,9 @@
 
 Real: the servers decide by `server.states.after`, the very function that they run. Modelled, as a reading of the
 code in small steps between which anything may happen: `shared/lua/*.lua` (each script a step), `trainer/lease.py`,
-`trainer/publish.py`, `shared/store.py`, and the order of work in `server/follower.py` and the engines. A version's
-content is known by its author: `2B` is what trainer B published as version 2, `?` what a damaged download gives.
-A pause is no step of its own: a trainer that takes none while its lease expires was paused.
+`trainer/publish.py`, `shared/fsspec_store.py`, and the order of work in `server/follower.py` and the engines. A
+version's content is known by its author: `2B` is what trainer B published as version 2, `?` what a damaged
+download gives. A pause is no step of its own: a trainer that takes none while its lease expires was paused.
 
 Left out: time, peers (a peer serves what it verified, like the store), collection, and what a tree is made of.
 """

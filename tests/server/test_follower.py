@@ -34,8 +34,8 @@ from server.waiting import patiently
 from shared.coordination import RedisCoordinator
 from shared.errors import BusyError, CoordinationError, EngineError, RoomError, WeightsError
 from shared.fleet import ServerRecord, ServerState
+from shared.fsspec_store import FsspecStore
 from shared.sources import Part, Sources
-from shared.store import FsspecStore
 from tests.server.weight_run import TIMEOUT, FakeEngine, Run, digests, service_of
 from trainer.collection import Collector
 

@@ -24,9 +24,9 @@ from shared.delta_file import write_delta
 from shared.digests import sha256
 from shared.errors import WeightsError
 from shared.fleet import Head, ServerRecord
+from shared.fsspec_store import FsspecStore
 from shared.manifest import DeltaEntry, Encoding, Manifest, TensorEntry
 from shared.shards import write_shards
-from shared.store import FsspecStore
 from shared.tensor_files import TensorInfo
 
 TIMEOUT = 20.0
@@ -53,13 +53,20 @@ class Run:
         folder: of the store.
         redis_url: of Redis.
         tensors: version 0.
+        store: elsewhere than in the folder.
     """
 
-    def __init__(self, folder: Path, redis_url: str, tensors: dict[str, Tensor] | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        redis_url: str,
+        tensors: dict[str, Tensor] | None = None,
+        store: str = "",
+    ):
         self.name = f"run-{uuid.uuid4().hex[:8]}"
         self.redis_url = redis_url
         self.root = folder / "store"
-        self.store = FsspecStore(f"file://{self.root}", self.name)
+        self.store = FsspecStore(store or f"file://{self.root}", self.name)
         self.coordinator = RedisCoordinator(redis_url, self.name)
         random = torch.Generator().manual_seed(0)
         self.tensors = tensors or {

@@ -19,10 +19,10 @@ from versions import RUN, Versions
 
 from shared import http_store
 from shared.errors import AbsentError, ConfigError, LocalError, WeightsError
+from shared.fsspec_store import FsspecStore
 from shared.http_store import HttpStore, open_peer
 from shared.manifest import Manifest
 from shared.open_store import open_store
-from shared.store import FsspecStore
 from trainer.file_server import create_app
 
 TOKEN = "store-0123456789abcdef"

@@ -19,8 +19,8 @@ import torch
 from shared import coordination
 from shared.coordination import RedisCoordinator
 from shared.errors import LeaseError
+from shared.fsspec_store import FsspecStore
 from shared.manifest import Manifest
-from shared.store import FsspecStore
 from trainer.lease import hold
 from trainer.publish import Publisher
 

@@ -14,8 +14,8 @@ from support import free_port, on_a_socket
 from versions import RUN, Versions
 
 from shared.errors import ConfigError
+from shared.fsspec_store import FsspecStore
 from shared.http_store import HttpStore
-from shared.store import FsspecStore
 from trainer.cli import main
 from trainer.commands.store import token_for
 from trainer.file_server import create_app

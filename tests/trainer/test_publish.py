@@ -38,8 +38,8 @@ from shared.coordination import RedisCoordinator
 from shared.digests import sha256
 from shared.errors import CoordinationError, LeaseError, WeightsError
 from shared.fleet import Head, ServerRecord, ServerState
+from shared.fsspec_store import FsspecStore
 from shared.manifest import Manifest
-from shared.store import FsspecStore
 from trainer.collection import Collector, superseded
 from trainer.encoding import encode_version
 from trainer.lease import hold

@@ -5,18 +5,21 @@ import asyncio
 
 import torch
 from rich.console import Console
+from rich.filesize import decimal
 from torch import Tensor
 
 from shared.coordination import RedisCoordinator
 from shared.errors import ConfigError
 from shared.fleet import Head, ServerRecord
-from shared.store import FsspecStore
+from shared.fsspec_store import FsspecStore
 from shared.store_url import check_announced
+from trainer.base_version import as_published
 from trainer.commands.fleet import show
 from trainer.fleet import wait_for_head
 from trainer.lease import hold
 from trainer.policy import DTYPES, load_policy, state_tensors
 from trainer.publish import Publisher
+from trainer.publish_report import PublishReport
 
 
 def run(args: argparse.Namespace) -> int:
@@ -30,12 +33,24 @@ def run(args: argparse.Namespace) -> int:
         )
     check_announced(args.advertise_store or args.store, "give --advertise-store its URL without")
     dtype = checkpoint_dtype(args.model) if args.dtype == "auto" else DTYPES[args.dtype]
+    name = str(dtype).removeprefix("torch.")
     tensors = state_tensors(load_policy(args.model, dtype), dtype)
-    head, records = asyncio.run(_push(args, tensors, str(dtype).removeprefix("torch.")))
+    base = None if args.base is None else state_tensors(load_policy(args.base, dtype), dtype)
+    head, report, records = asyncio.run(_push(args, tensors, base, name))
     console = Console()
-    console.print(f"version {head.version} is the head of run {args.run}", highlight=False)
+    console.print(
+        f"version {head.version} is the head of run {args.run}: {sent(report)}",
+        highlight=False, soft_wrap=True,
+    )  # fmt: skip
     show(head, records, console)
     return 0 if all(head.held_by(record) for record in records) else 1
+
+
+def sent(report: PublishReport) -> str:
+    """What a server fetches that held the version before."""
+    if report.delta_bytes is None:
+        return f"all weights, {decimal(report.stored_bytes)}"
+    return f"a delta of {decimal(report.delta_bytes)}"
 
 
 def checkpoint_dtype(model: str) -> torch.dtype:
@@ -54,8 +69,8 @@ def _say(text: str) -> None:
 
 
 async def _push(
-    args: argparse.Namespace, tensors: dict[str, Tensor], dtype: str
-) -> tuple[Head, list[ServerRecord]]:
+    args: argparse.Namespace, tensors: dict[str, Tensor], base: dict[str, Tensor] | None, dtype: str
+) -> tuple[Head, PublishReport, list[ServerRecord]]:
     coordinator = RedisCoordinator(args.redis_url, args.run)
     try:
         store = FsspecStore(args.store, args.run)
@@ -72,9 +87,15 @@ async def _push(
                 wait_s=args.wait,
                 status=_say,
             )
+            if base is not None:
+                before = await coordinator.head()
+                publisher.start_from(
+                    await asyncio.to_thread(as_published, before, base, dtype, store)
+                )
             head = await publisher.publish(await publisher.next_version(), tensors)
             await wait_for_head(coordinator, head, min_servers=0, timeout_s=args.wait)
             await publisher.collect(head.version)
-        return head, await coordinator.servers()
+            [report] = publisher.reports()
+        return head, report, await coordinator.servers()
     finally:
         await coordinator.close()
