@@ -89,8 +89,11 @@ def test_a_server_answers_while_vllm_loads(fleet: Fleet) -> None:
 
         def reached() -> bool:
             """From the first moment on, and all the while."""
-            assert client.get("/livez").json() == {"status": "alive"}
-            answers.append(client.get("/readyz"))
+            try:
+                assert client.get("/livez").json() == {"status": "alive"}
+                answers.append(client.get("/readyz"))
+            except httpx.ReadTimeout:
+                raise AssertionError("no answer while it loads") from None
             return (member.signs / "load").exists()
 
         until(reached, "vLLM's process is there", BOUND_S)
@@ -112,7 +115,9 @@ def test_a_server_whose_load_is_ended_ends(run: Run, number: signal.Signals, cod
     member = run.member("gpu", *ENGINE, faults="load")
     engine = member.reached("load", BOUND_S)
     os.kill(engine if number is signal.SIGKILL else member.process.pid, number)
-    until(lambda: not member.running, "the server ends", 10.0)
+    until(
+        lambda: not member.running, "the server ends", 20.0
+    )  # and not once it is loaded: it stands still
     assert member.process.exitcode == code
     assert not alive(engine)
     text = member.log.read_text()
