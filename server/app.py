@@ -62,6 +62,11 @@ class Holder:
         """The engine's OpenAI routes; None where it has none."""
         self.live: Live | None = None
         """Hashes the weights; None before the model is loaded."""
+        self.metrics.watch("tasks", "Tasks of the event loop.", lambda: len(asyncio.all_tasks()))
+        self.metrics.watch(
+            "requests_in_flight", "Requests being answered.", lambda: status.in_flight
+        )
+        self.metrics.watch_state(lambda: status.state)
 
     def watch(self, service: RolloutService) -> None:
         """Read a service's gauges at every scrape, from before it serves."""
@@ -77,11 +82,8 @@ class Holder:
             "Sequences that run or wait in the engine.",
             lambda: service.engine.open_sequences,
         )
-        watch("tasks", "Tasks of the event loop.", lambda: len(asyncio.all_tasks()))
-        watch("requests_in_flight", "Requests being answered.", lambda: status.in_flight)
         watch("weight_version", "Weight version being sampled.", lambda: service.engine.version)
         watch("weight_lag", "Versions behind the newest known.", lambda: status.standing.lag)
-        self.metrics.watch_state(lambda: status.state)
 
 
 def create_app(

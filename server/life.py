@@ -33,11 +33,14 @@ from server.tokens import Tokens
 from server.waiting import own_id, patiently
 from shared.coordination import RedisCoordinator
 from shared.errors import ConfigError, SpokeError
+from shared.threads import in_daemon_thread
 
 log = logging.getLogger("spoke.server")
 
 HAND_BACK_S = 5
 """How long the answers to what was handed back may take to be read, seconds."""
+ENGINE_CLOSE_S = 15
+"""How long the engine may take to close, seconds: a process that stands still is killed meanwhile."""
 
 
 async def life(settings: ServerSettings, holder: Holder, url: str, stop: asyncio.Event) -> None:
@@ -62,7 +65,7 @@ async def life(settings: ServerSettings, holder: Holder, url: str, stop: asyncio
             engine = await _engine(settings, stack)
         service = RolloutService(
             engine=engine,
-            tokens=Tokens.load(settings.engine_settings.model),
+            tokens=await in_daemon_thread(Tokens.load, settings.engine_settings.model),
             rewards=await _rewards(settings, stack),
             status=holder.status,
             model=settings.engine_settings.model,
@@ -169,7 +172,7 @@ async def _coordinator(
 
 
 async def _engine(settings: ServerSettings, stack: contextlib.AsyncExitStack) -> Engine:
-    name = choose(EngineName(settings.engine))
+    name = await in_daemon_thread(choose, EngineName(settings.engine))
     log.info("loading %s with %s", settings.engine_settings.model, name)
     try:
         engine = await open_engine(name, settings.engine_settings)
@@ -179,8 +182,17 @@ async def _engine(settings: ServerSettings, stack: contextlib.AsyncExitStack) ->
         raise ConfigError(
             f"--model {settings.engine_settings.model}: it cannot be loaded: {reason}"
         ) from error
-    stack.push_async_callback(engine.close)
+    stack.push_async_callback(_closed, engine)
     return engine
+
+
+async def _closed(engine: Engine) -> None:
+    """Close the engine; one that hangs goes with the process, and the reason why it ends is said all the same."""
+    try:
+        async with asyncio.timeout(ENGINE_CLOSE_S):
+            await engine.close()
+    except TimeoutError:
+        log.error("the engine does not end within %d s; it is left", ENGINE_CLOSE_S)
 
 
 async def _rewards(settings: ServerSettings, stack: contextlib.AsyncExitStack) -> RewardPool:

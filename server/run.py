@@ -42,7 +42,8 @@ async def serve(settings: ServerSettings, listener: socket.socket) -> int:
         SpokeError: the server cannot start as configured.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    for noisy in ("httpx", "torch"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
     log_auth(
         settings.auth,
         settings.host,
@@ -82,6 +83,8 @@ async def serve(settings: ServerSettings, listener: socket.socket) -> int:
                 timeout=settings.drain_s + CLOSE_S,
                 return_when=asyncio.FIRST_COMPLETED,
             )
+        elif stop.is_set():
+            log.info("stopped while it was loading")
         return _outcome(listening, living, status, stopped=stop.is_set())
     finally:
         await _ended(server, listening, living, stopping)

@@ -57,9 +57,7 @@ async def own_id(coordinator: Coordinator, server_id: str, bound_s: float) -> No
     """
     first, until = None, time.monotonic() + RECORD_S + 1.0
     while True:
-        asked = (
-            time.monotonic()
-        )  # an answer may lie unread while the engine's loading blocks the loop
+        asked = time.monotonic()  # an answer may lie unread: loading slows the loop
         records = await patiently(coordinator.servers, bound_s)
         found = next((r for r in records if r.server_id == server_id), None)
         if found is None:

@@ -1,11 +1,15 @@
 """Engines: token ids in, token ids and behaviour logprobs out, behind one Protocol (`base.Engine`)."""
 
 import importlib.util
+from collections.abc import Awaitable, Callable
 from enum import StrEnum
 
 from server.engines.base import Engine
 from server.engines.settings import EngineSettings
 from shared.errors import ConfigError
+from shared.threads import in_daemon_thread
+
+Opener = Callable[[EngineSettings], Awaitable[Engine]]
 
 
 class EngineName(StrEnum):
@@ -39,18 +43,24 @@ def choose(name: EngineName) -> EngineName:
 
 
 async def open_engine(name: EngineName, settings: EngineSettings) -> Engine:
-    """Load a checkpoint into an engine.
+    """Load a checkpoint into an engine; the event loop goes on meanwhile.
 
     Raises:
         ConfigError: the checkpoint or the engine cannot be had.
         EngineError: the engine does not run here.
     """
+    opener = await in_daemon_thread(_opener, name, settings)
+    return await opener(settings)
+
+
+def _opener(name: EngineName, settings: EngineSettings) -> Opener:
+    """What opens an engine; importing it takes seconds."""
     if choose(name) is EngineName.VLLM:
         from server.engines.vllm import open_engine as open_vllm
 
-        return await open_vllm(settings)
+        return open_vllm
     if settings.weight_transfer is not None:
         raise ConfigError("--weight-transfer: vLLM alone takes broadcasts; use --engine vllm")
     from server.engines.transformers import open_engine as open_transformers
 
-    return await open_transformers(settings)
+    return open_transformers

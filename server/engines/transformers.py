@@ -33,8 +33,11 @@ from server.engines.staging import Change, live_digests, stage_full, stage_patch
 from server.engines.weight_files import naming
 from server.engines.worker import Worker
 from shared.errors import EngineError, NeedsFullError
+from shared.threads import in_daemon_thread
 
 P = ParamSpec("P")
+LEFT_S = 2.0
+"""Longest wait for the thread of an engine whose start is given up, seconds."""
 PROGRESS_S = 1.0
 """How long a sign of life may take before progress counts as one, seconds."""
 
@@ -161,7 +164,7 @@ class TransformersEngine:
 
     async def close(self) -> None:
         """End the thread and free the model; open requests fail. A second call does nothing."""
-        await asyncio.to_thread(self._worker.close)
+        await in_daemon_thread(self._worker.close)
         self._model = None
 
 
@@ -187,6 +190,9 @@ async def open_engine(settings: EngineSettings) -> TransformersEngine:
     try:
         model = await asyncio.wrap_future(worker.ready)
     except BaseException:  # cancelled too: the thread must not live on unseen
-        await asyncio.to_thread(worker.close)
+        closing = asyncio.ensure_future(in_daemon_thread(worker.close))
+        # A load cannot be cut off: it ends with the process.
+        await asyncio.wait({closing}, timeout=LEFT_S)
+        closing.cancel()
         raise
     return TransformersEngine(worker, model)

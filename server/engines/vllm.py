@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import importlib
 import logging
 from collections.abc import Coroutine, Iterator
 from typing import Any
@@ -19,18 +20,22 @@ from server.engines.base import (
 )
 from server.engines.requests import check_request
 from server.engines.settings import EngineSettings
+from server.engines.vllm_launch import Launch
 from server.engines.vllm_process import VllmProcess, our_errors
 from server.engines.vllm_requests import Part, sampling_params
 from server.engines.vllm_start import AsyncLLM, tokens_input
 from server.engines.vllm_transfer import VllmTransfer
 from server.engines.vllm_weights import VllmWeights
 from shared.errors import EngineError, SpokeError
+from shared.threads import in_daemon_thread
 from shared.transfer import TransferBackend
 
 log = logging.getLogger("spoke.engine")
 
 FIRST_SECONDS = 120.0
 """Longest wait for the first token, which may compile kernels."""
+LAST_SECONDS = 3.0
+"""Longest wait for an update that is under way when the engine is closed: its process may stand still."""
 
 
 class VllmEngine:
@@ -174,7 +179,8 @@ class VllmEngine:
 
     async def openai_app(self, name: str) -> ASGIApp:
         """vLLM's own OpenAI routes on this engine; see `SpeaksOpenAI.openai_app`."""
-        # Half a second of imports that an engine alone does not need.
+        # Seconds of imports that an engine alone does not need.
+        await in_daemon_thread(importlib.import_module, "server.engines.vllm_openai")
         from server.engines.vllm_openai import GuardedLLM, openai_app
 
         guarded = GuardedLLM(self._llm, self._info, self._process.while_alive, self._busy)
@@ -190,7 +196,8 @@ class VllmEngine:
 
     async def close(self) -> None:
         """End vLLM's process and its task on this loop. A second call does nothing."""
-        await self._weights.ended()
+        await self._weights.ended(LAST_SECONDS)
+        self._process.give_up("the engine is closed")  # whoever still waits for it is told
         await self._process.close()
 
     @property
@@ -199,14 +206,14 @@ class VllmEngine:
 
 
 async def open_engine(settings: EngineSettings) -> VllmEngine:
-    """Start vLLM. Blocks the event loop while it does (8-40 s): open an engine before serving from the loop.
+    """Start vLLM, which takes 8 seconds to minutes; the event loop goes on meanwhile. Cancelling ends it.
 
     Raises:
         ConfigError: no such checkpoint, device, number format or limit.
         EngineError: vLLM does not run here, or cannot serve this checkpoint.
     """
     try:
-        llm, info = vllm_start.start(settings)
+        llm, info = await Launch().start(settings)
     except SpokeError:
         raise
     except Exception as error:  # vLLM's start raises every kind of error; the caller needs one line

@@ -23,6 +23,8 @@ class VllmProcess:
 
     def __init__(self, llm: AsyncLLM) -> None:
         self._opened: AsyncLLM | None = llm
+        if llm.output_handler is None:  # it was made in a thread without a loop
+            llm._run_output_handler()
         self._fault: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 
     @property

@@ -6,9 +6,13 @@ and is not run by this project's tests.
 """
 # ruff: noqa: E402 - torch and vLLM read the environment when they are imported
 
+import contextlib
+import logging
 import os
 import secrets
+import threading
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +49,9 @@ from vllm.inputs import tokens_input
 from vllm.outputs import RequestOutput
 from vllm.platforms import current_platform
 from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine import utils as vllm_processes
 from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from server.engines.base import EngineInfo
 from server.engines.settings import EngineSettings
@@ -64,8 +70,22 @@ __all__ = [
 ]
 
 
-def start(settings: EngineSettings) -> tuple[AsyncLLM, EngineInfo]:
-    """Start vLLM's process and load the model; blocks for 8 to 40 seconds.
+def _is_news(record: logging.LogRecord) -> bool:
+    return not (record.exc_info and isinstance(record.exc_info[1], EngineDeadError))
+
+
+# That vLLM's process is gone is said by whoever ends this server for it, in one line and not in ten.
+logging.getLogger("vllm.v1.engine.async_llm").addFilter(_is_news)
+
+
+def start(
+    settings: EngineSettings, by_the_loop: Callable[[Callable[[], None]], None]
+) -> tuple[AsyncLLM, EngineInfo]:
+    """Start vLLM's process and load the model; blocks for 8 seconds to minutes: called beside the event loop.
+
+    Args:
+        settings: of the engine.
+        by_the_loop: runs a call in the event loop's thread and waits for it; see `vllm_launch`.
 
     Raises:
         ConfigError: no such checkpoint, device, number format or limit.
@@ -81,7 +101,6 @@ def start(settings: EngineSettings) -> tuple[AsyncLLM, EngineInfo]:
     if settings.model.startswith((".", "/")) and not Path(settings.model).is_dir():
         raise ConfigError(f"model {settings.model}: no such folder")  # and surely no hub id
     os.environ["OMP_NUM_THREADS"] = str(settings.threads)  # for a process that starts afresh
-    torch.set_num_threads(settings.threads)  # for one that is forked
     with warnings.catch_warnings():
         # vLLM's own deprecations, here and in a forked child, mean nothing to whoever starts a server.
         warnings.filterwarnings("ignore", module=r"vllm\.|torch\.")
@@ -93,7 +112,8 @@ def start(settings: EngineSettings) -> tuple[AsyncLLM, EngineInfo]:
             raise ConfigError(f"model {settings.model}: {reason(error)}") from error
         # Only now: on a CPU, creating the configuration chooses `spawn`, which imports everything a second time.
         os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = start_method()
-        llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
+        with _started_by(by_the_loop, settings.threads):
+            llm = AsyncLLM.from_vllm_config(config, disable_log_stats=True)
     return llm, _info(settings, config)
 
 
@@ -105,14 +125,36 @@ def reason(error: Exception) -> str:
 
 
 def start_method() -> str:
-    """How the CPU engine's process starts: `fork`, 10 seconds quicker, where this process has one thread.
+    """How the CPU engine's process starts: `fork`, 10 seconds quicker, where this process has its main thread and
+    the one that asks.
 
     Else `spawn`: a forked child has none of its parent's other threads, but every lock that they held.
     `SPOKE_VLLM_START` decides otherwise.
     """
     tasks = Path("/proc/self/task")
-    alone = tasks.is_dir() and len(list(tasks.iterdir())) == 1
+    known = {str(os.getpid()), str(threading.get_native_id())}
+    alone = tasks.is_dir() and known.issuperset(task.name for task in tasks.iterdir())
     return os.environ.get("SPOKE_VLLM_START") or ("fork" if alone else "spawn")
+
+
+@contextlib.contextmanager
+def _started_by(by_the_loop: Callable[[Callable[[], None]], None], threads: int) -> Iterator[None]:
+    """Let the event loop's thread start the processes of the vLLM that is made meanwhile."""
+
+    class Manager(vllm_processes.CoreEngineProcManager):  # type: ignore[misc]  # mypy skips vLLM
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            def start_processes() -> None:
+                torch.set_num_threads(threads)  # of this thread, and so of a process that it forks
+                super(Manager, self).__init__(*args, **kwargs)
+
+            by_the_loop(start_processes)
+
+    usual = vllm_processes.CoreEngineProcManager
+    vllm_processes.CoreEngineProcManager = Manager  # its maker finds it by this name
+    try:
+        yield
+    finally:
+        vllm_processes.CoreEngineProcManager = usual
 
 
 def _arguments(settings: EngineSettings) -> AsyncEngineArgs:

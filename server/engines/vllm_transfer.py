@@ -63,7 +63,9 @@ class VllmTransfer:
         with our_errors():
             await self._weights.alone(
                 self._bounded(
-                    self._process.ask("init_weight_transfer_engine", info), group.timeout_s
+                    self._process.ask("init_weight_transfer_engine", info),
+                    group.timeout_s,
+                    "joining",
                 )
             )
         self._group = group
@@ -98,7 +100,9 @@ class VllmTransfer:
         """Leave the group; the engine serves on."""
         self._group = None
         with our_errors():
-            await self._weights.alone(self._process.ask("shutdown_weight_transfer_engine"))
+            await self._weights.alone(
+                self._bounded(self._process.ask("shutdown_weight_transfer_engine"), 0.0, "leaving")
+            )
 
     async def _write(self, offer: TransferOffer) -> None:
         """What happens in the pause.
@@ -121,11 +125,16 @@ class VllmTransfer:
         if wrong:
             raise EngineError(f"{len(wrong)} tensors, {wrong[0]} first, are not the announced ones")
 
-    async def _bounded(self, call: Any, bound_s: float) -> None:  # noqa: ANN401 - any awaitable
+    async def _bounded(
+        self,
+        call: Any,  # noqa: ANN401 - any awaitable
+        bound_s: float,
+        doing: str,
+    ) -> None:
         """A call that the worker ends by itself within a bound; one that it does not end is given up."""
         try:
             async with asyncio.timeout(bound_s + GRACE_S):
                 await call
         except TimeoutError:
-            reason = f"joining a transfer group took more than {bound_s + GRACE_S:.0f} s"
+            reason = f"{doing} a transfer group took more than {bound_s + GRACE_S:.0f} s"
             raise self._process.give_up(f"vLLM is given up: {reason}") from None

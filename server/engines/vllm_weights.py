@@ -72,8 +72,13 @@ class VllmWeights:
     async def _to_its_end(self, update: Coroutine[Any, Any, ApplyReport]) -> ApplyReport:
         task = asyncio.create_task(update)
         self._updates.add(task)
-        task.add_done_callback(self._updates.discard)
+        task.add_done_callback(self._over)
         return await asyncio.shield(task)
+
+    def _over(self, task: asyncio.Task[ApplyReport]) -> None:
+        self._updates.discard(task)
+        if not task.cancelled():
+            task.exception()  # looked at: whoever waited for it may be gone
 
     async def live_digests(self, dtype: str) -> dict[str, str]:
         """SHA-256 of every parameter in memory; see `Engine.live_digests`. Sampling goes on meanwhile."""
@@ -118,9 +123,10 @@ class VllmWeights:
 
         return await self._to_its_end(update())
 
-    async def ended(self) -> None:
-        """Wait until no update is under way."""
-        await asyncio.gather(*self._updates, return_exceptions=True)
+    async def ended(self, bound_s: float) -> None:
+        """Wait until no update is under way, at most so many seconds."""
+        if self._updates:
+            await asyncio.wait(self._updates, timeout=bound_s)
 
     async def _update(self, weights: Weights) -> ApplyReport:
         async with self._turn:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from server.engines import vllm_weights
+from server.engines import vllm_transfer, vllm_weights
 from server.engines.base import EngineInfo, Weights
 from server.engines.vllm import VllmEngine
 from shared.errors import EngineError, WeightsError
@@ -116,6 +116,15 @@ async def test_a_write_that_was_undone_leaves_the_engine_as_it_was(llm) -> None:
     assert (engine.version, engine.digest, llm.resumed) == (0, "", True)
     engine._running = 1
     await within(engine.check())
+
+
+async def test_a_worker_that_does_not_leave_its_group_is_given_up(llm, monkeypatch) -> None:
+    monkeypatch.setattr(vllm_transfer, "GRACE_S", 0.05)
+    engine = VllmEngine(llm, INFO, "gloo")
+    llm.silent = True
+    with pytest.raises(EngineError, match="leaving a transfer group took more than"):
+        await within(engine.transfer.leave())
+    assert "leaving" in str(await within(engine.died()))
 
 
 async def test_reading_that_stands_still_is_left_alone(llm, monkeypatch) -> None:

@@ -41,8 +41,9 @@ async def main():
         sys.stdin.read()
     lost = []
     if sys.argv[2] == "lose":
+        app = await engine.openai_app("tiny")  # while it is imported the loop goes on, and requests would end
         pending = asyncio.create_task(engine.generate(request))
-        transport = httpx.ASGITransport(await engine.openai_app("tiny"), raise_app_exceptions=False)
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         client = httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=60)
         body = {"model": "tiny", "prompt": [5, 6], "max_tokens": 500, "ignore_eos": True}
         post = lambda: client.post("/v1/completions", json=body)

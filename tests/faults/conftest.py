@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults.parts import Leader, Member, member
+from faults.parts import Leader, Member, member, until
 from support import RedisProcess, running_redis
 
 from shared.coordination import RedisCoordinator
@@ -54,6 +54,10 @@ class Run:
             said = leader.publish()
             self.published[said["version"]] = said["tensors"]
         return int(said["version"])
+
+    def tensors_of(self, version: int) -> dict[str, str]:
+        """What the trainer had of a version, which a server may hold a moment before the trainer says so here."""
+        return until(lambda: self.published.get(version), f"the trainer's word on {version}")
 
     def member(self, name: str, *arguments: str, faults: str = "") -> Member:
         found = member(

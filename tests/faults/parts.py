@@ -122,9 +122,16 @@ class Member:
     def end(self) -> None:
         end(self.process)
 
-    def reached(self, place: str, bound_s: float = 60.0) -> None:
-        """Wait until the server stands at a place that its faults name."""
+    def reached(self, place: str, bound_s: float = 60.0) -> int:
+        """Wait until the server stands at a place that its faults name; the process that stands there."""
         until(lambda: (self.signs / place).exists(), f"{self.name} at {place}", bound_s)
+        return int((self.signs / place).read_text())
+
+    def stand_at(self, place: str) -> None:
+        """Let the server, which has faults, stand at a place when it comes there next."""
+        for old in (place, f"{place}.go"):
+            (self.signs / old).unlink(missing_ok=True)
+        (self.signs / f"{place}.stand").touch()
 
     def go_on(self, place: str) -> None:
         (self.signs / f"{place}.go").touch()

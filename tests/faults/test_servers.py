@@ -5,6 +5,7 @@
 2. A server that stands still there is dropped from the fleet table, costs nobody anything, and catches up when it
    goes on; a version that it missed is never served late.
 3. A server that joins behind fifteen deltas serves the newest version at once, of an anchor and what follows it.
+4. A server whose engine stands still for ever ends with one line, although its thread cannot be ended.
 """
 
 import signal
@@ -90,3 +91,15 @@ def test_a_server_killed_while_it_fetches_goes_on_where_it_was(run: Run) -> None
     one.start()
     one.wait_ready()
     run.check(one)
+
+
+def test_a_server_whose_engine_hangs_inside_an_update_ends(run: Run) -> None:
+    leader = run.leader()
+    one = run.member("one", "--liveness-timeout", "2", faults="second apply")
+    run.publish(leader)
+    one.wait_ready()
+    run.publish(leader)
+    one.reached("second apply")
+    until(lambda: not one.running, "it ends", 60.0)
+    assert one.process.exitcode == 1
+    assert "this server ends: the engine gave no sign of life in 2 s" in one.log.read_text()

@@ -11,6 +11,7 @@ import itertools
 import re
 import signal
 import time
+from functools import partial
 
 import httpx
 import pytest
@@ -24,6 +25,8 @@ from trainer.client import AsyncClient, NodeLine, attempt
 from trainer.fleet import registered
 
 AT_ONCE = 4
+NODES = 3 + 3 * 3 + 3 * 3 * 2
+"""Of a tree at most."""
 BOUND_S = 60.0
 """Of one tree, whatever happens to its server."""
 
@@ -51,7 +54,8 @@ class Load:
         self.client = client
         self.numbers = itertools.count()
         self.version = 0
-        self.nodes = 0
+        self.growing: dict[str, int] = {}
+        """Nodes that have come, of each tree that has not."""
         self.trees: dict[str, RolloutTreeResponse] = {}
         self.slowest_s = 0.0
         self.ended = False
@@ -61,15 +65,18 @@ class Load:
         while not self.ended:
             request = request_of(next(self.numbers), self.version)
             begun = time.monotonic()
-            tree = await self.client.rollout_tree(request, on_node=self.on_node)
+            number = str(request.request_id)
+            self.growing[number] = 0
+            tree = await self.client.rollout_tree(request, on_node=partial(self.on_node, number))
+            del self.growing[number]
             self.slowest_s = max(self.slowest_s, time.monotonic() - begun)
             check_tree(tree, request)
             assert tree.request_id not in self.trees
             self.trees[tree.request_id] = tree
             self.news.set()
 
-    def on_node(self, node: NodeLine) -> None:
-        self.nodes += 1
+    def on_node(self, number: str, node: NodeLine) -> None:
+        self.growing[number] += 1
         self.news.set()
 
     async def until(self, reached: object) -> None:
@@ -99,7 +106,13 @@ async def test_a_server_lost_mid_tree_while_weights_change_and_another_joins(
         load = Load(client)
         for _ in range(AT_ONCE):
             group.create_task(load.ask())
-        await load.until(lambda: load.nodes >= 24)
+        # Whichever the server to be lost has: some nodes have come, others are to come.
+        await load.until(
+            lambda: (
+                len(load.trees) >= AT_ONCE
+                and all(0 < nodes < NODES // 2 for nodes in load.growing.values())
+            )
+        )
         lost.send(with_)
         late = run.member("late")
         newest = await asyncio.to_thread(run.publish, leader)
