@@ -136,6 +136,10 @@ def _first_fault(error: ValidationError) -> str:
     return f"{'.'.join(map(str, fault['loc'])) or 'all of it'}: {fault['msg']}"
 
 
+def _reason(error: Exception) -> str:
+    return str(error).rstrip(".") or type(error).__name__
+
+
 def _unread(task: asyncio.Future[Any]) -> None:
     """Nobody waits for it any more."""
     if not task.cancelled():
@@ -190,9 +194,15 @@ class RedisCoordinator:
             if not done:
                 raise TimeoutError(f"nothing came within {bound_s:g} s")
             return task.result()
+        except AuthenticationError as error:
+            raise CoordinationError(
+                f"Redis at {self._where} does not let this client in: {_reason(error)}; see to the user "
+                "and password in SPOKE_REDIS_URL"
+            ) from error
         except (RedisError, OSError) as error:  # TimeoutError is an OSError
-            reason = str(error).rstrip(".") or type(error).__name__
-            raise CoordinationError(f"Redis at {self._where} does not answer: {reason}") from error
+            raise CoordinationError(
+                f"Redis at {self._where} does not answer: {_reason(error)}"
+            ) from error
         finally:
             if not task.done():
                 self._given_up.add(task)

@@ -1,7 +1,7 @@
-"""The version that `spoke push --base` starts from: the run's newest, whose weights lie in a checkpoint here.
+"""What `spoke push` builds upon: the run's newest version.
 
-The checkpoint is believed nothing: every tensor's hash must be the manifest's. So what is pushed against it is as
-exact as what a trainer publishes against a version of its own.
+A checkpoint that is said to be its weights (`--base`) is believed nothing: every tensor's hash must be the
+manifest's. So what is pushed against it is as exact as what a trainer publishes against a version of its own.
 """
 
 from collections.abc import Mapping
@@ -57,6 +57,34 @@ def as_published(
     return EncodedVersion(
         manifest=manifest, tensors=tensors, deltas=deltas, delta_bytes=delta_bytes
     )
+
+
+def check_fits(head: Head | None, tensors: Mapping[str, Tensor], store: WeightReader) -> None:
+    """Has a checkpoint the tensors that the run's servers hold? Passed over where that cannot be known.
+
+    Args:
+        head: of the run.
+        tensors: of the checkpoint, by name.
+        store: holds the run's versions.
+
+    Raises:
+        ConfigError: it has others, or of other shapes.
+    """
+    if head is None:
+        return
+    try:
+        manifest = store.manifest(head.version)
+    except WeightsError:  # a store of its own: nothing to compare with
+        return
+    ours = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    theirs = {entry.name: entry.shape for entry in manifest.tensors}
+    for name in sorted(ours.keys() | theirs.keys()):
+        if ours.get(name) != theirs.get(name):
+            raise ConfigError(
+                f"tensor {name} has shape {ours.get(name, 'none')} in the checkpoint, and "
+                f"{theirs.get(name, 'none')} in version {head.version}, the run's newest: its servers could "
+                "not take it; give another --run, or --force where servers of this shape are to come"
+            )
 
 
 def _since_anchor(manifest: Manifest, store: WeightReader) -> tuple[int, int]:

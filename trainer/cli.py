@@ -201,6 +201,11 @@ def _add_push(parse: argparse.ArgumentParser) -> None:
         help="the checkpoint that was pushed last: only what changed since is sent, unless that is much",
     )  # fmt: skip
     parse.add_argument(
+        "--force",
+        action="store_true",
+        help="push even where tensors or shapes differ from the run's",
+    )
+    parse.add_argument(
         "--keep-versions", type=int, default=3, metavar="N",
         help="newest versions that stay in the store whatever the servers hold (default: 3)",
     )  # fmt: skip

@@ -4,8 +4,8 @@
 2. With requests running before, during and after, every token's logprob is that of the version its span names,
    computed with that version's weights over the whole prefix: no token mixes weights.
 3. Trees that are to begin anew at a swap are of one version each, and their streams say so.
-4. A checkpoint that does not fit is refused by the server; the old weights serve on, the fleet table says why,
-   and the next version that fits is taken.
+4. A checkpoint that does not fit is not pushed. Forced, it is refused by the server: the old weights serve on, the
+   fleet table says why, and the next version that fits is taken.
 """
 
 import asyncio
@@ -43,10 +43,13 @@ def changed(model: Path, folder: Path, scale: float, seed: int) -> Path:
     return folder
 
 
-def push(following: Any, model: Path, wait: float = 60.0) -> subprocess.CompletedProcess[str]:
+def push(
+    following: Any, model: Path, *options: str, wait: float = 60.0
+) -> subprocess.CompletedProcess[str]:
     command = [
         sys.executable, "-m", "trainer.cli", "push", str(model), "--redis-url", following.redis_url,
         "--run", following.run, "--store", following.store, "--wait", str(wait),
+        *options,
     ]  # fmt: skip
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
@@ -234,7 +237,10 @@ async def test_a_checkpoint_that_does_not_fit_changes_nothing(
         AutoModelForCausalLM.from_config(
             type(AutoModelForCausalLM.from_pretrained(tiny_math).config)(**config)
         ).save_pretrained(wider)
-        done = await asyncio.to_thread(push, following, wider, 3.0)
+        done = await asyncio.to_thread(push, following, wider)
+        assert done.returncode == 2, done.stdout
+        assert "give another --run, or --force" in done.stderr
+        done = await asyncio.to_thread(push, following, wider, "--force", wait=3.0)
         assert done.returncode == 1, done.stdout
         coordinator = RedisCoordinator(following.redis_url, following.run)
         record = next(r for r in await coordinator.servers() if r.url == following.url)
@@ -243,5 +249,5 @@ async def test_a_checkpoint_that_does_not_fit_changes_nothing(
         assert await version_of(client) == before
         again = await ask(client, PROMPTS[0], temperature=0.0)
         assert [n.token_ids for n in again.nodes] == [n.token_ids for n in greedy.nodes]
-        assert (await asyncio.to_thread(push, following, tiny_math)).returncode == 0
+        assert (await asyncio.to_thread(push, following, tiny_math, "--force")).returncode == 0
         assert await version_of(client) == before + 2

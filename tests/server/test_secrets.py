@@ -173,9 +173,9 @@ def wait_for_line(log: Path, text: str) -> None:
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        (f"redis://:wrong-{MARK}@127.0.0.1:{{port}}/0", ["127.0.0.1:{port}", "does not answer"]),
-        (f"redis://user:wrong-{MARK}@127.0.0.1:{{port}}/0", ["does not answer", "invalid username"]),
-        (f"redis://127.0.0.1:{{port}}/0?password=wrong-{MARK}", ["does not answer"]),
+        (f"redis://:wrong-{MARK}@127.0.0.1:{{port}}/0", ["127.0.0.1:{port}", "let this client in"]),
+        (f"redis://user:wrong-{MARK}@127.0.0.1:{{port}}/0", ["let this client in: invalid username"]),
+        (f"redis://127.0.0.1:{{port}}/0?password=wrong-{MARK}", ["password in SPOKE_REDIS_URL"]),
         (f"redis://:{PASSWORD}@127.0.0.1:1/0", ["redis://127.0.0.1:1/0", "does not answer"]),
         (f"redis://:a/{MARK}@127.0.0.1:{{port}}/0", ["%2F"]),
         (f"redis://:{MARK}/b@127.0.0.1:{{port}}/0", ["%2F"]),

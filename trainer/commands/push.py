@@ -13,7 +13,7 @@ from shared.errors import ConfigError
 from shared.fleet import Head, ServerRecord
 from shared.fsspec_store import FsspecStore
 from shared.store_url import check_announced
-from trainer.base_version import as_published
+from trainer.base_version import as_published, check_fits
 from trainer.commands.fleet import show
 from trainer.fleet import wait_for_head
 from trainer.lease import hold
@@ -89,8 +89,10 @@ async def _push(
                 wait_s=args.wait,
                 status=_say,
             )
+            before = await coordinator.head()
+            if not args.force:
+                await asyncio.to_thread(check_fits, before, tensors, store)
             if base is not None:
-                before = await coordinator.head()
                 publisher.start_from(
                     await asyncio.to_thread(as_published, before, base, dtype, store)
                 )
