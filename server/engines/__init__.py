@@ -6,6 +6,7 @@ from enum import StrEnum
 from server.engines.base import Engine
 from server.engines.settings import EngineSettings
 from shared.errors import ConfigError
+from shared.onednn import bound_kernels
 
 
 class EngineName(StrEnum):
@@ -45,6 +46,7 @@ async def open_engine(name: EngineName, settings: EngineSettings) -> Engine:
         ConfigError: the checkpoint or the engine cannot be had.
         EngineError: the engine does not run here.
     """
+    bound_kernels()
     if choose(name) is EngineName.VLLM:
         from server.engines.vllm import open_engine as open_vllm
 
