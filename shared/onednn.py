@@ -1,9 +1,9 @@
 """How many compiled kernels a process keeps on a CPU.
 
-torch and vLLM multiply bfloat16 matrices on a CPU by oneDNN, which compiles a kernel for every shape that it meets,
-a quarter of a MiB of machine code each, and keeps the last 1024; torch keeps as many once more. Sampling meets new
-shapes with every row that ends and every few tokens: a server grew by half a GiB that way, and an engine of vLLM
-and a trainer likewise. A step needs some ten or thirty of them, and compiling one takes about a millisecond.
+torch and vLLM multiply bfloat16 matrices on a CPU by oneDNN, which compiles a kernel for every shape that it
+meets, a quarter of a MiB of machine code each, and keeps the last 1024; torch keeps as many once more. Sampling
+meets new shapes with every row that ends and every few tokens: a server grew by half a GiB that way, and an engine
+of vLLM and a trainer likewise. A step needs some ten or thirty of them; compiling one takes about a millisecond.
 """
 
 import os

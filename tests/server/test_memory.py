@@ -1,7 +1,7 @@
 """What a server keeps does not grow with the versions that it has served.
 
 1. The follower, its holdings and the store: objects, mapped files and open files are as many after 20 versions.
-2. Keys and values of old weights go at once, without the garbage collector: it may not come for a hundred versions.
+2. Keys and values of old weights go at once, and not with the garbage collector, a hundred versions later.
 3. What a swap had staged, a second set of all weights, goes as soon as the swap is over.
 """
 

@@ -1,7 +1,7 @@
 """Kernels that a CPU compiles for bfloat16 are kept by the hundred, and not for every shape there ever was.
 
-Whoever loads a model bounds them, in time: before its own first product. By bytes that the process's heap has in use,
-in a process of its own, since both caches are set up once in a process.
+Whoever loads a model bounds them, in time: before its own first product. Measured are the bytes that the heap has
+in use, each time in a new process, since both caches are set up once in a process.
 """
 
 import subprocess
@@ -18,7 +18,8 @@ PROGRAM = """
 import asyncio, ctypes, sys, torch
 
 class Info(ctypes.Structure):
-    _fields_ = [(f"_{n}", ctypes.c_size_t) for n in range(7)] + [("used", ctypes.c_size_t)] + [("_8", ctypes.c_size_t), ("_9", ctypes.c_size_t)]
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks used free keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
 
 mallinfo = ctypes.CDLL(None).mallinfo2
 mallinfo.restype = Info
@@ -27,7 +28,8 @@ torch.set_num_threads(1)
 def engine(model):
     from server.engines import EngineName, EngineSettings, open_engine
     async def run():
-        opened = await open_engine(EngineName.TRANSFORMERS, EngineSettings(model=model, dtype="bfloat16", device="cpu"))
+        settings = EngineSettings(model=model, dtype="bfloat16", device="cpu")
+        opened = await open_engine(EngineName.TRANSFORMERS, settings)
         await opened.check()
         await opened.close()
     asyncio.run(run())
