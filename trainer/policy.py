@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from shared.errors import ConfigError
+from shared.onednn import bound_kernels
 from trainer.packing import Batch
 
 _ENTROPY_TOKENS = 1024
@@ -46,6 +47,7 @@ def load_policy(
     """
     if str(path).startswith(("/", ".", "~")) and not Path(path).is_dir():
         raise ConfigError(f"there is no model folder {str(path)!r}")
+    bound_kernels()
     try:
         # Any, since transformers leaves `eval` and `to` untyped.
         model: Any = AutoModelForCausalLM.from_pretrained(str(path), dtype=dtype)

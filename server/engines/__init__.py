@@ -7,6 +7,7 @@ from enum import StrEnum
 from server.engines.base import Engine
 from server.engines.settings import EngineSettings
 from shared.errors import ConfigError
+from shared.onednn import bound_kernels
 from shared.threads import in_daemon_thread
 
 Opener = Callable[[EngineSettings], Awaitable[Engine]]
@@ -49,6 +50,7 @@ async def open_engine(name: EngineName, settings: EngineSettings) -> Engine:
         ConfigError: the checkpoint or the engine cannot be had.
         EngineError: the engine does not run here.
     """
+    bound_kernels()
     opener = await in_daemon_thread(_opener, name, settings)
     return await opener(settings)
 

@@ -44,14 +44,20 @@ class PrefixStore:
 
     def __init__(self, budget: int) -> None:
         self._budget = budget
-        self.clear()
-
-    def clear(self) -> None:
-        """Forget everything: the weights changed."""
         self._root = Segment((), None, None)
         # Oldest use first. Whoever uses a segment uses its ancestors too, and they are stamped after it: the
         # oldest one never has children.
         self._ages: OrderedDict[Segment, None] = OrderedDict()
+        self.nbytes = 0
+
+    def clear(self) -> None:
+        """Forget everything: the weights changed."""
+        # Parents and children hold one another: their memory would stay until a full garbage collection, which a
+        # server may not see in a hundred versions.
+        for segment in self._ages:
+            segment.parent = None
+        self._root.children.clear()
+        self._ages.clear()
         self.nbytes = 0
 
     def match(self, tokens: Sequence[int]) -> list[tuple[Segment, int]]:

@@ -131,6 +131,8 @@ class Worker:
                     batch.enqueue(command)
                 elif command.future.set_running_or_notify_cancel():
                     _answer(command, batch)
+                # A swap's has all weights once more, and the next one may be long in coming.
+                del command
             batch.step()
 
     def _end(self, reason: str) -> None:

@@ -156,7 +156,7 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         return [tuple(tokenizer(text)["input_ids"]) for text in problems(TREES, seed)]
 
     for turn in range(arguments.rounds + 1):
-        seeds = [(turn * TREES + i) * 2**40 for i in range(TREES)]
+        seeds = [(turn * TREES + i) * 2**32 for i in range(TREES)]
         before = await engine.times()
         jobs = [tree(engine, p, seed) for p, seed in zip(prompts(turn), seeds, strict=True)]
         await rates["tree"].take(together(jobs))
