@@ -23,7 +23,7 @@ from shared.shards import canonical_order, write_shards
 from shared.tensor_files import TensorInfo, sha256_of
 
 MOST_CHANGED = 0.25
-"""Share of elements above which no delta is tried: it would take long, and save little."""
+"""Share of elements above which no delta is tried by default: smaller, but on a quick line not there sooner."""
 MOST_DELTA = 0.25
 """Largest delta, as a share of the full bytes."""
 MOST_CHAIN = 0.5
@@ -81,6 +81,7 @@ def encode_version(
     folder: Path,
     previous: EncodedVersion | None = None,
     anchor_due: bool = False,
+    most_changed: float = MOST_CHANGED,
 ) -> EncodedVersion:
     """Write the files of a version.
 
@@ -93,7 +94,8 @@ def encode_version(
         previous: the version before, as published; None where there is none, or its bytes are not at hand.
         anchor_due: write full shards even where a delta would do. Without it they are written when there is
             nothing to start from, when names, shapes or types changed, when the delta would be large
-            (`MOST_CHANGED`, `MOST_DELTA`), and when all deltas since the last anchor are (`MOST_CHAIN`).
+            (`most_changed`, `MOST_DELTA`), and when all deltas since the last anchor are (`MOST_CHAIN`).
+        most_changed: share of elements above which no delta is tried.
 
     Raises:
         WeightsError: the folder cannot be written; the disk is full, say.
@@ -101,7 +103,7 @@ def encode_version(
     infos = _infos(tensors)
     full_bytes = sum(info.nbytes for info in infos)
     step: DeltaEntry | None = None
-    if previous is not None and _worth_trying(previous.tensors, tensors):
+    if previous is not None and _worth_trying(previous.tensors, tensors, most_changed):
         step, entries = _write_step(previous, tensors, infos, folder, int(MOST_DELTA * full_bytes))
     if step is None or previous is None:
         entries = tensor_entries(tensors)
@@ -147,7 +149,9 @@ def _entry(info: TensorInfo, tensors: Mapping[str, Tensor]) -> TensorEntry:
     return TensorEntry(name=info.name, dtype=info.dtype, shape=info.shape, sha256=digest)
 
 
-def _worth_trying(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> bool:
+def _worth_trying(
+    before: Mapping[str, Tensor], after: Mapping[str, Tensor], most_changed: float
+) -> bool:
     """Are these the same tensors, and did few elements change, by a sample of each?"""
     if before.keys() != after.keys() or any(
         (tensor.shape, tensor.dtype) != (after[name].shape, after[name].dtype)
@@ -155,7 +159,7 @@ def _worth_trying(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> 
     ):
         return False
     changed = sum(_changed(bits_of(before[name]), bits_of(after[name])) for name in after)
-    return changed <= MOST_CHANGED * sum(tensor.numel() for tensor in after.values())
+    return changed <= most_changed * sum(tensor.numel() for tensor in after.values())
 
 
 def _changed(before: NDArray[Any], after: NDArray[Any]) -> float:

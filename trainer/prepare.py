@@ -223,6 +223,7 @@ async def connect(
             dtype=fleet_settings.dtype,
             keep=fleet_settings.keep_versions,
             anchor_every=fleet_settings.anchor_every,
+            most_changed=fleet_settings.most_changed,
             # One more than ours: the newest version is always on its way to somebody.
             max_staleness=fleet_settings.max_staleness + 1,
             wait_s=fleet_settings.pause_s,

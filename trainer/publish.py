@@ -23,7 +23,7 @@ from shared.scratch import Scratch
 from shared.store import WeightStore
 from shared.threads import in_daemon_thread
 from trainer.collection import Collector
-from trainer.encoding import EncodedVersion, encode_version
+from trainer.encoding import MOST_CHANGED, EncodedVersion, encode_version
 from trainer.lease import Lease
 from trainer.publish_report import PublishReport
 from trainer.storing import StoreHangsError, asked, patiently, write
@@ -60,6 +60,7 @@ class Publisher:
         dtype: of the published tensors, for the manifest.
         keep: newest versions that stay in the store.
         anchor_every: versions from one anchor to the next.
+        most_changed: share of elements above which no delta is tried.
         max_staleness: of the announced heads; see `Head`.
         wait_s: bound of the wait for a store or a Redis that is away, or for a store in which nothing moves.
         status: shows what is waited for.
@@ -77,6 +78,7 @@ class Publisher:
         dtype: str,
         keep: int = 3,
         anchor_every: int = 10,
+        most_changed: float = MOST_CHANGED,
         max_staleness: int | None = None,
         wait_s: float = 300.0,
         status: Callable[[str], None] = lambda text: None,
@@ -87,6 +89,7 @@ class Publisher:
         self._coordinator, self._lease = coordinator, lease
         self._collector = Collector(store=store, coordinator=coordinator, keep=keep, wait_s=wait_s)
         self._run, self._dtype, self._anchor_every = run, dtype, anchor_every
+        self._most_changed = most_changed
         self._max_staleness, self._wait_s, self._status = max_staleness, wait_s, status
         self._broadcasts = broadcasts
         self._previous: EncodedVersion | None = None
@@ -216,6 +219,7 @@ class Publisher:
                 previous=previous,
                 # The first of a process has nothing to start from, mostly, and is one too.
                 anchor_due=previous is None or previous.deltas + 1 >= self._anchor_every,
+                most_changed=self._most_changed,
             )
         except WeightsError:
             scratch.close()

@@ -273,7 +273,9 @@ class FleetSettings(Settings):
     keep_versions: int = Field(default=3, ge=1)
     """Newest versions that stay in the store whatever the servers hold."""
     anchor_every: int = Field(default=10, ge=1)
-    """Versions from one full copy to the next; those between are deltas where these are smaller."""
+    """Versions from one full copy to the next; those between are deltas where these are worth it."""
+    most_changed: float = Field(default=0.25, ge=0.0, le=1.0)
+    """Share of elements above which no delta is tried; 1 tries always, for slow lines, 0 never."""
     weight_transfer: Literal["none", "nccl", "gloo"] = "none"
     """Broadcast each announced version to the servers of this cluster that were started with the same
     `--weight-transfer`, beside the store; see docs/weight_transfer.md. `SPOKE_TOKEN` needs scope `admin`."""

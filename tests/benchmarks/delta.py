@@ -93,7 +93,11 @@ class Recorder:
             self.rows.append(self._row(step, made, previous))
 
     def encode(
-        self, step: int, tensors: Snapshot, previous: EncodedVersion | None
+        self,
+        step: int,
+        tensors: Snapshot,
+        previous: EncodedVersion | None,
+        most_changed: float = encoding.MOST_CHANGED,
     ) -> EncodedVersion:
         """The step's files in a folder of its own."""
         return encode_version(
@@ -103,6 +107,7 @@ class Recorder:
             dtype="bfloat16",
             folder=self.folder / f"v{step}",
             previous=previous,
+            most_changed=most_changed,
         )
 
     def _row(self, step: int, made: EncodedVersion, previous: EncodedVersion) -> Row:
@@ -262,15 +267,15 @@ def follow(recorder: Recorder, deltas: int) -> dict[str, float]:
 def forced(recorder: Recorder) -> dict[str, float]:
     """What the delta of the last step would be where an anchor was chosen."""
     before, after = recorder.versions[-2:]
-    limits = encoding.MOST_CHANGED, encoding.MOST_DELTA, encoding.MOST_CHAIN
-    encoding.MOST_CHANGED = encoding.MOST_DELTA = encoding.MOST_CHAIN = 1.0
+    limits = encoding.MOST_DELTA, encoding.MOST_CHAIN
+    encoding.MOST_DELTA = encoding.MOST_CHAIN = 1.0
     try:
         scratch = Recorder(rate=0, masters="", folder=recorder.folder / "forced")
         start = time.process_time()
-        made = scratch.encode(after.manifest.version, dict(after.tensors), before)
+        made = scratch.encode(after.manifest.version, dict(after.tensors), before, most_changed=1.0)
         seconds = time.process_time() - start
     finally:
-        encoding.MOST_CHANGED, encoding.MOST_DELTA, encoding.MOST_CHAIN = limits
+        encoding.MOST_DELTA, encoding.MOST_CHAIN = limits
     full = sum(tensor.nbytes for tensor in after.tensors.values())
     return {"ratio": full / made.delta_bytes, "encode": full / 1e6 / seconds}
 

@@ -47,6 +47,7 @@ def version(
     root: Path,
     previous: EncodedVersion | None = None,
     anchor_due: bool = False,
+    most_changed: float = encoding.MOST_CHANGED,
 ) -> EncodedVersion:
     return encode_version(
         tensors,
@@ -56,6 +57,7 @@ def version(
         folder=root / f"v{number}",
         previous=previous,
         anchor_due=anchor_due,
+        most_changed=most_changed,
     )
 
 
@@ -160,6 +162,20 @@ def test_much_that_changed_is_noticed_before_it_is_encoded(
     second = version(1, stepped(snapshot(), share=0.5), tmp_path, first)
     assert second.manifest.is_anchor
     assert second.manifest.shortcut is None
+
+
+def test_for_slow_lines_much_that_changed_is_a_delta_all_the_same(tmp_path: Path) -> None:
+    after = stepped(snapshot(), share=0.5)
+    first = version(0, snapshot(), tmp_path)
+    second = version(1, after, tmp_path, first, most_changed=1.0)
+    assert second.manifest.encoding is Encoding.DELTA
+    assert second.delta_bytes < 0.25 * sum(tensor.nbytes for tensor in after.values())
+    links = Chain(anchor=held(first, tmp_path), deltas=(held(second, tmp_path),))
+    assert equal(write_full(links, tmp_path / "x"), after)
+    assert (
+        version(2, after, tmp_path, second, most_changed=0.0).manifest.encoding is Encoding.DELTA
+    ), "nothing changed"
+    assert version(3, snapshot(), tmp_path, second, most_changed=0.0).manifest.is_anchor
 
 
 def test_a_delta_that_grows_too_large_is_given_up(
