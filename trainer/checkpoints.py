@@ -77,7 +77,7 @@ def save(
         _check_room(folder)
         partial.mkdir()
         _write(partial, learner, source, replay, progress)
-        for written in partial.rglob("*"):
+        for written in (partial, *partial.rglob("*")):
             sync(str(written))
         if final.exists():
             os.replace(final, final.with_name(f"{final.name}.old{PARTIAL}"))
@@ -108,7 +108,7 @@ def _dump(optimizer: PolicyOptimizer, path: Path) -> None:
 
 
 def _check_room(folder: Path) -> None:
-    """Refuse where the newest checkpoint tells that there is too little: others would find the disk full meanwhile."""
+    """Refuse where the newest one tells that there is too little: others would find the disk full meanwhile."""
     needed = sum(file.stat().st_size for last in whole(folder)[-1:] for file in last.rglob("*"))
     disk = shutil.disk_usage(folder / "checkpoints")
     # Some network file systems tell neither number.

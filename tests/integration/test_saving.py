@@ -6,7 +6,9 @@ Redis, loop, model, optimizer and disk are real; the server is a fake that makes
 import asyncio
 import json
 import os
+import sys
 import uuid
+from asyncio.subprocess import PIPE
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,9 @@ from typing import Any
 import pytest
 from fake_follower import FakeFollower
 from faults.disks import Disk, disk
+from faults.training import CONFIG
 from support import Quiet
 
-from shared.errors import CheckpointError
 from trainer import train as loop
 from trainer.config import TrainSettings
 
@@ -161,14 +163,50 @@ async def test_a_full_disk_during_a_run(
     assert all("training goes on without this checkpoint" in line for line in told[:2])
 
 
+async def spoke_train(
+    redis_url: str, run: str, model: Path, folder: Path, run_dir: Path
+) -> tuple[int | None, str, str]:
+    """(exit code, output, errors) of a process that trains two steps."""
+    config = folder / "train.toml"
+    config.write_text(CONFIG.format(run=run, model=model, questions=2, steps=2, staleness=0))
+    chosen = [
+        f"fleet.redis_url={redis_url}", f"fleet.store=file://{folder / 'weights'}", "fleet.pause_s=1",
+        'rollout.plan={kind="group", samples=4}', "algorithm.name=grpo", "algorithm.mask_threshold=none",
+    ]  # fmt: skip
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "trainer.cli", "train", str(config), "--run-dir", str(run_dir),
+        *(f"--set={one}" for one in chosen), stdout=PIPE, stderr=PIPE,
+    )  # fmt: skip
+    async with asyncio.timeout(90):
+        said, errors = await process.communicate()
+    return process.returncode, said.decode(), errors.decode()
+
+
 async def test_a_disk_that_stays_full_ends_the_run_at_its_end_in_one_line(
     redis_url: str, run_name: str, tiny_math: Path, tmp_path: Path, small: Disk
 ) -> None:
-    settings = settings_for(redis_url, run_name, tiny_math, tmp_path, pause_s=1.0, steps=2)
     run = tmp_path / "run"
     async with FakeFollower(redis_url, run_name).running():
-        with pytest.raises(CheckpointError, match="given up after 1 s; there is none") as caught:
-            await loop.train(settings, run, Quiet())
-    assert "\n" not in str(caught.value)
+        code, said, errors = await spoke_train(redis_url, run_name, tiny_math, tmp_path, run)
+    assert code == 2
+    assert "step-000001 cannot be written" in said
+    assert "the last checkpoint waits, at most 1 s" in said
+    last = errors.splitlines()[-1]
+    assert last.startswith(
+        f"spoke train: {run / 'checkpoints' / 'step-000002'} cannot be written: No space left"
+    )
+    assert last.endswith("given up after 1 s; there is none")
+    assert "Traceback" not in errors
     assert names(run) == []
     assert steps_of(run) == [1, 2]
+
+
+async def test_a_run_folder_on_a_full_disk_is_one_line(
+    redis_url: str, run_name: str, tiny_math: Path, tmp_path: Path, small: Disk
+) -> None:
+    run = small.folder / "another"  # a folder needs no room here, a file does
+    code, _, errors = await spoke_train(redis_url, run_name, tiny_math, tmp_path, run)
+    assert code == 2
+    assert errors.splitlines()[-1].startswith("spoke train: No space left on device")
+    assert "free some room" in errors
+    assert "Traceback" not in errors
