@@ -12,6 +12,7 @@ SpokeError
 │   ├── LocalError         this machine's disk, not who was asked: another source would not help
 │   │   └── RoomError      the disk has no room for them
 │   └── NeedsFullError     changed elements alone are of no use to the engine: it takes a full set
+├── CheckpointError        a run's checkpoint cannot be written
 └── CoordinationError      Redis is away, or refused
     ├── LeaseError         our lease on the run is gone, or another trainer has trained it
     │   └── LeaseHeldError another trainer holds the run
@@ -89,6 +90,10 @@ class RoomError(LocalError):
 
 class NeedsFullError(WeightsError):
     """A patch for an engine that holds other weights than the patch's base, or that takes full sets only."""
+
+
+class CheckpointError(SpokeError):
+    """A checkpoint that cannot be written; nothing of it is left."""
 
 
 class CoordinationError(SpokeError):

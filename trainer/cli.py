@@ -258,6 +258,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SpokeError as error:
         print(f"spoke {args.command}: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        from shared.receiving import FULL
+
+        if error.errno not in FULL:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(
+            f"spoke {args.command}: {error.strerror}{where}; free some room; a run goes on with --resume",
+            file=sys.stderr,
+        )
+        return 2
     except KeyboardInterrupt:
         print(f"spoke {args.command}: interrupted", file=sys.stderr)
         return 130

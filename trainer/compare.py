@@ -88,7 +88,8 @@ def plan(
     for seed, config, combination in itertools.product(seeds, configs, combinations):
         variant = "-".join([config.stem, *(part.rpartition(".")[2] for part in combination)])
         chosen = [f"run={variant.replace('=', '-')}-seed{seed}", f"seed={seed}"]
-        settings = load(config, [*overrides, *combination, *chosen])
+        # A run that was interrupted is begun anew: checkpoints would only take time.
+        settings = load(config, ["trainer.checkpoint_minutes=0", *overrides, *combination, *chosen])
         runs.append(Run(variant=variant, seed=seed, settings=settings))
     _check(runs)
     return runs
@@ -125,10 +126,12 @@ def finished(run: Run, folder: Path) -> bool:
     if not (folder / SUMMARY).is_file():
         return False
     saved = json.loads((folder / "config.json").read_text())
-    # Where Redis was and which checkout holds the model say nothing of the experiment.
+    # Where Redis was, which checkout holds the model and what was kept say nothing of the experiment.
     for settings in (saved, mine := json.loads(run.settings.model_dump_json())):
         settings["fleet"]["redis_url"] = None
         settings["model"]["path"] = Path(settings["model"]["path"]).name
+        for name in ("checkpoint_every", "checkpoint_minutes", "keep_checkpoints"):
+            settings["trainer"].pop(name, None)
     for section in saved:
         if saved[section] != mine.get(section):
             raise ConfigError(

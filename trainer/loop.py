@@ -17,7 +17,7 @@ from typing import Any
 
 from shared.fleet import Head, ServerRecord
 from shared.wire import RolloutTreeResponse
-from trainer import checkpoints, metrics
+from trainer import metrics
 from trainer.algorithms import Segment
 from trainer.checkpoints import Progress
 from trainer.config import TrainSettings
@@ -31,6 +31,7 @@ from trainer.publication import Publication
 from trainer.replay import Replay
 from trainer.report import Reporter, Summary
 from trainer.rollouts import segments_of
+from trainer.saving import Saving
 from trainer.update import Learner, UpdateReport
 
 NOT_TRAINING = frozenset({"measure", "checkpoint"})
@@ -49,6 +50,7 @@ class Trainer:
     """None in synchronous training."""
     pipeline: Pipeline
     measuring: Measuring
+    saving: Saving
     reporter: Reporter
     summary: Summary
     log: metrics.MetricsLog
@@ -203,21 +205,13 @@ class Trainer:
         """Checkpoint and measure where it is time to."""
         settings = self.settings
         last = done == settings.trainer.steps or self.share >= 1
-        every = settings.trainer.checkpoint_every
         if last:
             await self.pipeline.close(Dropped.UNUSED)
-        if last or (every and done % every == 0):
+        if last or self.saving.due(done):
             # Where trees grow meanwhile, training goes on.
             beside = "checkpoint" if self.pipeline.idle else "checkpoint beside rollouts"
             with self.summary.phase(beside):
-                await asyncio.to_thread(
-                    checkpoints.save,
-                    self.summary.folder,
-                    self.learner,
-                    settings.model.path,
-                    self.replay,
-                    self.progress,
-                )
+                await self.saving.save(self.learner, self.replay, self.progress, last=last)
         every, points = settings.evaluation.every, settings.evaluation.points
         due = (every and done % every == 0) or int(points * self.share) > int(points * share_before)
         if due and not last:

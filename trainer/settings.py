@@ -230,7 +230,11 @@ class TrainerSettings(OptimizerSettings):
     token_budget: int = Field(default=16384, ge=1)
     """Most tokens of a micro-batch, padding included."""
     checkpoint_every: int = Field(default=0, ge=0)
-    """Steps between checkpoints; 0 is at the end alone."""
+    """Steps between checkpoints; 0 is by time and at the end alone."""
+    checkpoint_minutes: float = Field(default=15.0, ge=0.0)
+    """One is also made after the first step that ends so long after the last one; 0 is never."""
+    keep_checkpoints: int = Field(default=3, ge=1)
+    """Newest that stay; older ones are deleted once a newer one is whole. There has to be room for one more."""
 
     @property
     def total_updates(self) -> int:

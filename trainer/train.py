@@ -16,6 +16,7 @@ from trainer.prepare import Connections, Start, begin, connect, open_folder, sav
 from trainer.publication import Publication
 from trainer.report import SUMMARY, Reporter, Summary, plot
 from trainer.rollouts import Sampling
+from trainer.saving import Saving
 
 
 async def train(
@@ -32,6 +33,7 @@ async def train(
     Raises:
         ConfigError: something that the user gave cannot be used.
         CoordinationError: Redis is away, another trainer holds the run, or the fleet does not follow in time.
+        CheckpointError: the last checkpoint cannot be written.
     """
     open_folder(folder, resume=resume)
     async with connect(settings, folder, reporter.say) as to:
@@ -93,6 +95,7 @@ def assemble(
             heldout=start.heldout[: settings.evaluation.questions],
             session=session,
         ),
+        saving=Saving(settings=settings, folder=folder, say=reporter.say),
         reporter=reporter,
         summary=Summary(run=settings.run, folder=folder, trees=start.ledger),
         log=log,

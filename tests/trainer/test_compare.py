@@ -67,6 +67,8 @@ def test_a_finished_run_is_not_run_again_and_another_one_is_refused(tmp_path):
     assert not compare.finished(run, tmp_path)  # it was interrupted
     (tmp_path / SUMMARY).write_text("{}")
     assert compare.finished(run, tmp_path)
+    (kept,) = compare.plan([GRPO], [0], [*BUDGET, "trainer.keep_checkpoints=9"], {})
+    assert compare.finished(kept, tmp_path)  # of the same experiment
     (other,) = compare.plan([GRPO], [0], [*BUDGET, "trainer.epochs=3"], {})
     with pytest.raises(ConfigError, match="a run with another 'trainer' is in it already"):
         compare.finished(other, tmp_path)
