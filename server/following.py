@@ -23,6 +23,9 @@ from shared.scratch import Scratch
 from shared.sources import Sources
 from shared.threads import in_daemon_thread
 
+OPEN_S = 15.0
+"""Longest wait for a store that connects when it is opened."""
+
 
 async def open_follower(
     settings: ServerSettings,
@@ -93,10 +96,12 @@ async def check_store(settings: ServerSettings) -> None:
         ConfigError: its URL cannot be used.
     """
     if settings.store is not None:
-        with contextlib.suppress(WeightsError):  # one that is away may come back
-            reader = await in_daemon_thread(
-                open_store, settings.store, settings.run, token=settings.store_token
-            )
+        # One that is away, or says nothing, may come back.
+        with contextlib.suppress(WeightsError, TimeoutError):
+            async with asyncio.timeout(OPEN_S):
+                reader = await in_daemon_thread(
+                    open_store, settings.store, settings.run, token=settings.store_token
+                )
             reader.close()
 
 

@@ -26,7 +26,7 @@ class Repeats:
     def line(self, text: str) -> str | None:
         """What the log is to say of a failure; None for nothing.
 
-        The same with other numbers, of versions and files, is the same.
+        The same with other numbers, of versions, files and hosts, is the same.
 
         >>> failures = Repeats()
         >>> failures.line("version 7: no room"), failures.line("version 8: no room")

@@ -5,6 +5,7 @@ fsspec promises OSErrors. Implementations for clouds also raise those of their c
 
 import contextlib
 import errno
+import re
 from collections.abc import Iterator
 
 import fsspec
@@ -28,6 +29,7 @@ reads, are switched off: they would make half an hour of a store that accepts an
 PUTS = 4
 """Parts of a file that are put into S3 at once: what the system buffers of them must leave within `STALL_S`."""
 
+_BUCKET = re.compile(r"[A-Za-z0-9._-]{1,255}")
 _CLIENTS = frozenset(
     {"adlfs", "aiobotocore", "aiohttp", "azure", "botocore", "gcsfs", "google", "paramiko", "s3fs"}
 )
@@ -77,9 +79,10 @@ def _check_bucket(url: str) -> None:
         raise ConfigError(
             f"weight store {shown(url)!r}: give credentials in the environment, not in the URL"
         )
-    if not bucket:
+    if not bucket.startswith("arn:") and not _BUCKET.fullmatch(bucket):
         raise ConfigError(
-            f"weight store {shown(url)!r}: write {url.partition('://')[0]}://BUCKET/…"
+            f"weight store {shown(url)!r}: write {url.partition('://')[0]}://BUCKET/…; a bucket's name has "
+            "letters, digits and .-_ alone"
         )
 
 
@@ -118,7 +121,7 @@ def explained(error: OSError, remedy: str = "") -> str:
         error: of the store.
         remedy: where none is known of this error.
     """
-    reason = str(error) or type(error).__name__
+    reason = " ".join(str(error).split()) or type(error).__name__
     if error.errno in FULL:
         return f"{reason}; free some room, or lower fleet.keep_versions"
     if lacks_bucket(error):

@@ -23,6 +23,7 @@ from fsspec.spec import AbstractFileSystem
 from shared.file_system import OBJECTS, protocols
 
 LOCAL = frozenset({"file", "local"})
+_NO_SUCH_CALL = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EBADF})
 CREATE = OBJECTS | {"memory"}
 """Protocols whose fsspec implementation knows the exclusive mode `create`."""
 PART = 16 << 20
@@ -134,5 +135,9 @@ def sync(path: str) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems sync files and know nothing of folders.
+        if error.errno not in _NO_SUCH_CALL or not os.path.isdir(path):
+            raise
     finally:
         os.close(descriptor)

@@ -1,7 +1,8 @@
 """What a run leaves on disk: a model that anyone can load, and the state to go on from.
 
 `checkpoints/step-000007` in a run's folder is whole. What is being written or deleted is `step-000007.partial`;
-what a killed run left of that is deleted when the next one is written.
+what a killed run left of that is deleted when the next one is written, and so is `step-000007.old.partial`, which
+another checkpoint of the same step has replaced.
 """
 
 import contextlib
@@ -32,6 +33,8 @@ REPLAY = "replay.json"
 CRITIC = "critic"
 PARTIAL = ".partial"
 _WHOLE = re.compile(r"step-(\d{6,})")
+_WRITER = re.compile(r"PytorchStreamWriter|unexpected pos|file write failed")
+"""torch's words for a file that it could not write."""
 _SAYS_ERRNO = re.compile(r"\(os error (\d+)\)")
 
 
@@ -83,6 +86,7 @@ def save(
             os.replace(final, final.with_name(f"{final.name}.old{PARTIAL}"))
         # By rename: a run that dies here leaves the checkpoint before this one as the newest.
         os.replace(partial, final)
+    with contextlib.suppress(OSError):  # it is whole, and has its name
         sync(str(final.parent))
     return final
 
@@ -128,12 +132,12 @@ def _refusal(final: Path, partial: Path) -> Iterator[None]:
         Exception
     ) as error:  # a disk's errors come as whatever the library that writes makes of them
         shutil.rmtree(partial, ignore_errors=True)
-        # safetensors has its own, torch raises RuntimeError, tokenizers a bare Exception.
-        if not isinstance(error, OSError | SafetensorError | RuntimeError) and (
-            type(error) is not Exception
+        number, reason = _reason(error)
+        # safetensors has its own; torch's RuntimeErrors and tokenizers' bare Exceptions may be of anything.
+        if not isinstance(error, OSError | SafetensorError) and (
+            number is None and not _WRITER.search(reason)
         ):
             raise
-        number, reason = _reason(error)
         remedy = f"; free some room in {final.parent}" if number in FULL else ""
         raise CheckpointError(f"{final} cannot be written: {reason}{remedy}") from error
 
@@ -150,20 +154,21 @@ def _reason(error: BaseException) -> tuple[int | None, str]:
     return None, (str(error) or type(error).__name__).splitlines()[0]
 
 
-def thin(newest: Path, keep: int) -> None:
-    """Delete the checkpoints before a whole one.
+def thin(newest: Path, keep: int) -> list[str]:
+    """Delete the checkpoints before a whole one; returns their names.
 
     Args:
         newest: as `save` returned it; it and later ones stay.
-        keep: how many stay, `newest` among them.
+        keep: how many stay, `newest` among them; 0 is all.
 
     Raises:
         OSError: of the first that cannot be deleted; the others are.
     """
     found = whole(newest.parent.parent)
-    older = found[: found.index(newest)]
+    older = found[: found.index(newest)] if keep else []
+    surplus = older[: max(0, len(older) + 1 - keep)]
     refused: list[OSError] = []
-    for path in older[: max(0, len(older) + 1 - keep)]:
+    for path in surplus:
         doomed = path.with_name(path.name + PARTIAL)
         try:
             # By rename, too: one that is half deleted is nothing to go on from.
@@ -173,6 +178,7 @@ def thin(newest: Path, keep: int) -> None:
             refused.append(error)
     if refused:
         raise refused[0]
+    return [path.name for path in surplus]
 
 
 def whole(folder: Path) -> list[Path]:

@@ -264,9 +264,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno not in FULL:
             raise
         where = f" ({error.filename})" if error.filename else ""
+        then = "; the run goes on with --resume" if args.command == "train" else ""
         print(
-            f"spoke {args.command}: {error.strerror}{where}; free some room; a run goes on with --resume",
-            file=sys.stderr,
+            f"spoke {args.command}: {error.strerror}{where}; free some room{then}", file=sys.stderr
         )
         return 2
     except KeyboardInterrupt:

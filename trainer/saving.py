@@ -37,6 +37,7 @@ class Saving:
     say: Callable[[str], None]
     _since: float = field(default_factory=time.monotonic, init=False)
     """When the last one was made or tried; at first, when the run began."""
+    _thinned: bool = field(default=False, init=False)
 
     def due(self, done: int) -> bool:
         """Is it time for one, after so many steps?"""
@@ -71,10 +72,21 @@ class Saving:
             made = await self._patiently(make, error)
         finally:
             self._since = time.monotonic()
+        await self._thin(made)
+
+    async def _thin(self, made: Path) -> None:
+        keep = self.settings.trainer.keep_checkpoints
         try:
-            await asyncio.to_thread(checkpoints.thin, made, self.settings.trainer.keep_checkpoints)
+            gone = await asyncio.to_thread(checkpoints.thin, made, keep)
         except OSError as error:
             self.say(f"an old checkpoint cannot be deleted: {error}; training goes on")
+            return
+        if gone and not self._thinned:
+            self._thinned = True
+            said = gone[0] if len(gone) == 1 else f"{gone[0]} to {gone[-1]}"
+            self.say(
+                f"{said} deleted: the newest {keep} stay (trainer.keep_checkpoints; 0 keeps all)"
+            )
 
     async def _patiently(self, make: Callable[[], Path], error: CheckpointError) -> Path:
         pause_s = self.settings.fleet.pause_s

@@ -233,8 +233,9 @@ class TrainerSettings(OptimizerSettings):
     """Steps between checkpoints; 0 is by time and at the end alone."""
     checkpoint_minutes: float = Field(default=15.0, ge=0.0)
     """One is also made after the first step that ends so long after the last one; 0 is never."""
-    keep_checkpoints: int = Field(default=3, ge=1)
-    """Newest that stay; older ones are deleted once a newer one is whole. There has to be room for one more."""
+    keep_checkpoints: int = Field(default=3, ge=0)
+    """Newest that stay; older ones are deleted once a newer one is whole, so have room for one more. 0 keeps
+    all."""
 
     @property
     def total_updates(self) -> int:
@@ -279,7 +280,8 @@ class FleetSettings(Settings):
     anchor_every: int = Field(default=10, ge=1)
     """Versions from one full copy to the next; those between are deltas where these are worth it."""
     most_changed: float = Field(default=0.25, ge=0.0, le=1.0)
-    """Share of elements above which no delta is tried; 1 tries always, for slow lines, 0 never."""
+    """Share of elements above which no delta is tried; 1 tries always, for slow lines; at 0 only
+    where none is seen to have changed."""
     weight_transfer: Literal["none", "nccl", "gloo"] = "none"
     """Broadcast each announced version to the servers of this cluster that were started with the same
     `--weight-transfer`, beside the store; see docs/weight_transfer.md. `SPOKE_TOKEN` needs scope `admin`."""

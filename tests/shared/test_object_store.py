@@ -262,7 +262,11 @@ def test_many_threads_ask_at_once(place: Bucket, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("url", "reason"),
-    [("s3://", "write s3://BUCKET"), ("s3://key:secret@bucket/store", "credentials in the env")],
+    [
+        ("s3://", "write s3://BUCKET"),
+        ("s3://My_Bucket!/store", "letters, digits"),
+        ("s3://key:secret@bucket/store", "credentials in the env"),
+    ],
 )
 def test_unusable_urls_are_named(url: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason) as error:

@@ -5,8 +5,10 @@
 3. Wherever a disk gets full, in the model, tokenizer or optimizer: one line, nothing left, others untouched.
 """
 
+import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,7 +75,7 @@ def test_the_newest_is_by_number_beyond_six_digits(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("keep", "stay"), [(1, [5]), (2, [3, 5]), (3, [2, 3, 5]), (9, [1, 2, 3, 5])]
+    ("keep", "stay"), [(0, [1, 2, 3, 5]), (1, [5]), (2, [3, 5]), (3, [2, 3, 5]), (9, [1, 2, 3, 5])]
 )
 def test_so_many_stay(tmp_path: Path, keep: int, stay: list[int]) -> None:
     *_, last, _ = made(tmp_path, 1, 2, 3, 5, 8)
@@ -137,16 +139,43 @@ def test_one_that_cannot_be_deleted_keeps_no_other(
     assert not second.exists()
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        TypeError("a mistake"),
+        RuntimeError("tensors on two devices"),
+        torch.OutOfMemoryError("CUDA"),
+    ],
+)
 def test_an_error_that_is_not_the_disks_stays_what_it_is(
-    learner: Learner, tiny_math: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    learner: Learner,
+    tiny_math: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
 ) -> None:
     def mistaken(*_: object) -> None:
-        raise TypeError("a mistake")
+        raise error
 
     monkeypatch.setattr(torch, "save", mistaken)
-    with pytest.raises(TypeError, match="a mistake"):
+    with pytest.raises(type(error), match=str(error)):
         save(tmp_path, learner, str(tiny_math), None, at(1))
     assert names(tmp_path) == []
+
+
+def test_a_file_system_that_syncs_no_folders_will_do(
+    learner: Learner, tiny_math: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def files_alone(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", files_alone)
+    made = save(tmp_path, learner, str(tiny_math), None, at(1))
+    assert newest(tmp_path) == made
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ from trainer.commands.fleet import show
 from trainer.fleet import wait_for_head
 from trainer.lease import hold
 from trainer.policy import DTYPES, load_policy, state_tensors
-from trainer.publish import Publisher
+from trainer.publish import ENCODE_S, Publisher
 from trainer.publish_report import PublishReport
-from trainer.storing import check_folder
+from trainer.storing import asked, check_folder
 
 
 def run(args: argparse.Namespace) -> int:
@@ -76,6 +76,7 @@ async def _push(
     try:
         store = FsspecStore(args.store, args.run)
         check_folder(store, "--store")
+        place = f"weight store {store.url}"
         holding = hold(coordinator, store.versions, args.run, _say)
         async with holding as lease:
             publisher = Publisher(
@@ -91,10 +92,11 @@ async def _push(
             )
             before = await coordinator.head()
             if not args.force:
-                await asyncio.to_thread(check_fits, before, tensors, store)
+                await asked(place, args.wait, check_fits, before, tensors, store)
             if base is not None:
+                bound = max(args.wait, ENCODE_S)  # every tensor is hashed
                 publisher.start_from(
-                    await asyncio.to_thread(as_published, before, base, dtype, store)
+                    await asked(place, bound, as_published, before, base, dtype, store)
                 )
             head = await publisher.publish(await publisher.next_version(), tensors)
             await wait_for_head(coordinator, head, min_servers=0, timeout_s=args.wait)
