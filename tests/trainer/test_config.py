@@ -64,7 +64,7 @@ def test_overrides_are_toml_values_or_bare_words(tmp_path: Path) -> None:
         ("trainer.steps=0", r"trainer\.steps: .*greater than or equal to 1"),
         ("trainer.checkpoint_minutes=-1", r"trainer\.checkpoint_minutes: .*or equal to 0"),
         ("trainer.checkpoint_minutes=nan", r"trainer\.checkpoint_minutes: .*finite"),
-        ("trainer.keep_checkpoints=0", r"trainer\.keep_checkpoints: .*or equal to 1"),
+        ("trainer.keep_checkpoints=-1", r"trainer\.keep_checkpoints: .*or equal to 0"),
         ("trainer.learning_rate=fast", r"trainer\.learning_rate: "),
         ("rollout.temperature=0", r"rollout\.temperature: .*greater than 0"),
         ("data.prompt=hello", r"data\.prompt: the template needs \{question\}"),
