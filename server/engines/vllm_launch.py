@@ -2,8 +2,8 @@
 
 vLLM's constructor blocks until the model is loaded, so it runs in a thread of its own. The processes that it makes
 are started by the loop's thread all the same, while the constructor waits for that: a fork then finds the other
-thread at one known place, with no lock in its hands, and `PR_SET_PDEATHSIG`, which takes a process along with the
-*thread* that started it, with the one that lives as long as this process.
+thread at one known place, with no lock in its hands, and `PR_SET_PDEATHSIG` (`vllm_child`), which takes a process
+along with the *thread* that started it, with the one that lives as long as this process.
 """
 
 import asyncio
