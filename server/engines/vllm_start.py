@@ -169,7 +169,7 @@ def _tied_to_us() -> Iterator[None]:
         def __init__(self) -> None:
             self._context = usual()
 
-        def Process(self, *, target: Any, name: str, kwargs: dict[str, Any]) -> Any:  # noqa: ANN401, N802 - vLLM's
+        def Process(self, *, target: Any, name: str, kwargs: dict[str, Any]) -> Any:  # noqa: ANN401 - vLLM's
             tied = partial(vllm_child.run, os.getpid(), target)
             return self._context.Process(target=tied, name=name, kwargs=kwargs)
 

@@ -122,7 +122,7 @@ def test_a_server_that_is_killed_takes_its_engine_with_it(tiny_math):
 
 @contextlib.contextmanager
 def loading(model: Path, log: Path, method: str = "") -> Iterator[tuple[subprocess.Popen, int]]:
-    """The command as it is shipped, with no word on threads, from before its engine's process is there; its port."""
+    """The command as it is shipped, with no word on threads, its engine's process not there yet; its port."""
     own = ("VLLM", "SPOKE", "OMP_", "OPENBLAS_")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(own)}
     environment |= {"SPOKE_VLLM_START": method} if method else {}
@@ -153,7 +153,9 @@ def engine_of(server: subprocess.Popen) -> tuple[int, str]:
         assert server.poll() is None, "the server ended"
         for child in children.read_text().split():
             command = Path(f"/proc/{child}/cmdline").read_bytes()
-            if command.startswith(b"VLLM::EngineCore"):  # its title, once it is vLLM's own code that runs
+            if command.startswith(
+                b"VLLM::EngineCore"
+            ):  # its title, once it is vLLM's own code that runs
                 return int(child), "fork"
             if b"spawn_main" in command:
                 return int(child), "spawn"
