@@ -8,7 +8,8 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from http.client import HTTPConnection
 from pathlib import Path
 
 import httpx
@@ -145,12 +146,15 @@ def loading(model: Path, log: Path, method: str = "") -> Iterator[tuple[subproce
             process.kill()
 
 
-def engine_of(server: subprocess.Popen) -> tuple[int, str]:
+def engine_of(
+    server: subprocess.Popen, meanwhile: Callable[[], object] = lambda: None
+) -> tuple[int, str]:
     """The process of a server's engine, as soon as it is there, and how it was started."""
     children = Path(f"/proc/{server.pid}/task/{server.pid}/children")
 
     def look() -> tuple[int, str] | None:
         assert server.poll() is None, "the server ended"
+        meanwhile()
         for child in children.read_text().split():
             command = Path(f"/proc/{child}/cmdline").read_bytes()
             if command.startswith(
@@ -185,12 +189,13 @@ def test_a_connection_from_before_the_engine_ends_when_the_server_closes_it(tiny
     with loading(tiny_math, tmp_path / "log") as (server, port):
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=5) as client:
             until(lambda: client.get("/livez").is_success, "it answers", START_S)
-        with socket.create_connection(("127.0.0.1", port)) as connection:
-            connection.settimeout(15)
-            connection.sendall(b"GET /livez HTTP/1.1\r\nHost: here\r\n\r\n")
-            assert connection.recv(4096).startswith(b"HTTP/1.1 200")
-            engine, found = engine_of(server)
+        with contextlib.closing(HTTPConnection("127.0.0.1", port, timeout=15)) as connection:
+
+            def ask() -> None:
+                connection.request("GET", "/livez")
+                assert connection.getresponse().read()
+
+            engine, found = engine_of(server, ask)
             assert found == "fork"  # the quick start
-            while connection.recv(4096):
-                pass
+            assert connection.sock.recv(1) == b""
         assert not gone(engine, 0)
