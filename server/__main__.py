@@ -289,6 +289,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from server.grade import main as grade
 
         return grade(arguments[1:])
+    # Before numpy is imported: its threads, which nothing here uses, would forbid that vLLM's process is forked.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     try:
         chosen = settings(arguments)
         with contextlib.closing(bind(chosen.host, chosen.port)) as listener:

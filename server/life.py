@@ -33,7 +33,7 @@ from server.tokens import Tokens
 from server.waiting import own_id, patiently
 from shared.coordination import RedisCoordinator
 from shared.errors import ConfigError, SpokeError
-from shared.threads import in_daemon_thread
+from shared.threads import in_daemon_thread, leave_children
 
 log = logging.getLogger("spoke.server")
 
@@ -193,6 +193,7 @@ async def _closed(engine: Engine) -> None:
             await engine.close()
     except TimeoutError:
         log.error("the engine does not end within %d s; it is left", ENGINE_CLOSE_S)
+        leave_children()
 
 
 async def _rewards(settings: ServerSettings, stack: contextlib.AsyncExitStack) -> RewardPool:

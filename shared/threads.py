@@ -1,7 +1,9 @@
-"""Work in a thread that nobody waits for when the process ends."""
+"""Work that nobody waits for when the process ends: in a thread, and in a child process."""
 
 import asyncio
+import atexit
 import contextlib
+import os
 import threading
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
@@ -38,3 +40,12 @@ async def in_daemon_thread(call: Callable[P, T], *args: P.args, **kwargs: P.kwar
 
     threading.Thread(target=work, name="spoke-work", daemon=True).start()
     return await future
+
+
+def leave_children() -> None:
+    """Let this process end, with exit code 1, although a child process of `multiprocessing` does not.
+
+    The interpreter would wait for it at its end, for ever where the kernel does not get rid of it, such as one
+    that stands in a driver. Of what is registered with `atexit`, what came before this call is not done then.
+    """
+    atexit.register(os._exit, 1)  # the last one registered is the first one called

@@ -2,8 +2,8 @@
 
 vLLM's constructor blocks until the model is loaded, so it runs in a thread of its own. The processes that it makes
 are started by the loop's thread all the same, while the constructor waits for that: a fork then finds the other
-thread at one known place, with no lock in its hands, and `PR_SET_PDEATHSIG`, which takes a process along with the
-*thread* that started it, with the one that lives as long as this process.
+thread at one known place, with no lock in its hands, and `PR_SET_PDEATHSIG` (`vllm_child`), which takes a process
+along with the *thread* that started it, with the one that lives as long as this process.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from multiprocessing.process import BaseProcess
 from server.engines import vllm_start
 from server.engines.base import EngineInfo
 from server.engines.settings import EngineSettings
-from server.engines.vllm_process import VllmProcess
+from server.engines.vllm_process import VllmProcess, wait_killed
 from server.engines.vllm_start import AsyncLLM
 from shared.errors import EngineError
 from shared.threads import in_daemon_thread
@@ -54,6 +54,8 @@ class Launch:
             process.kill()  # which vLLM's constructor notices
         if self._processes:
             await asyncio.wait({starting}, timeout=GIVEN_UP_SECONDS)
+        for process in self._processes:
+            await in_daemon_thread(wait_killed, process)
         if not starting.done():
             starting.cancel()
         elif starting.exception() is None:

@@ -3,10 +3,12 @@
 import asyncio
 import contextlib
 from collections.abc import Awaitable, Iterator
+from multiprocessing.process import BaseProcess
 from typing import Any, TypeVar
 
 from server.engines.vllm_start import AsyncLLM, VLLMClientError
 from shared.errors import EngineError, RequestError, SpokeError
+from shared.threads import in_daemon_thread, leave_children
 
 T = TypeVar("T")
 
@@ -84,7 +86,9 @@ class VllmProcess:
         if llm.output_handler is not None:
             llm.output_handler.cancel()  # which ends what still waits for an answer
         context = llm.engine_core.resources.ctx
-        await asyncio.to_thread(_shut_down, llm)
+        await in_daemon_thread(
+            _shut_down, llm
+        )  # which a process that nothing ends may hold up for ever
         await asyncio.sleep(0)  # the closing of its sockets was put on this loop
         context.destroy(linger=0)  # ZeroMQ's threads, which vLLM leaves
 
@@ -102,9 +106,16 @@ def _shut_down(llm: AsyncLLM) -> None:
     manager = llm.engine_core.resources.engine_manager
     llm.shutdown()
     for process in manager.processes if manager else ():
-        process.join(
-            KILLED_SECONDS
+        wait_killed(
+            process
         )  # vLLM kills one that takes longer than 5 s, and does not wait for its end
+
+
+def wait_killed(process: BaseProcess) -> None:
+    """Wait until a process that was killed is gone; one that is not, in time, is left behind."""
+    process.join(KILLED_SECONDS)
+    if process.is_alive():
+        leave_children()
 
 
 @contextlib.contextmanager

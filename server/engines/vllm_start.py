@@ -13,6 +13,7 @@ import secrets
 import threading
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,7 @@ from vllm.v1.engine import utils as vllm_processes
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from server.engines import vllm_child
 from server.engines.base import EngineInfo
 from server.engines.settings import EngineSettings
 from shared.errors import ConfigError
@@ -145,7 +147,8 @@ def _started_by(by_the_loop: Callable[[Callable[[], None]], None], threads: int)
         def __init__(self, *args: object, **kwargs: object) -> None:
             def start_processes() -> None:
                 torch.set_num_threads(threads)  # of this thread, and so of a process that it forks
-                super(Manager, self).__init__(*args, **kwargs)
+                with _tied_to_us():
+                    super(Manager, self).__init__(*args, **kwargs)
 
             by_the_loop(start_processes)
 
@@ -155,6 +158,26 @@ def _started_by(by_the_loop: Callable[[Callable[[], None]], None], threads: int)
         yield
     finally:
         vllm_processes.CoreEngineProcManager = usual
+
+
+@contextlib.contextmanager
+def _tied_to_us() -> Iterator[None]:
+    """Let `vllm_child.run` be the first that the processes do which vLLM makes meanwhile."""
+    usual = vllm_processes.get_mp_context
+
+    class Context:
+        def __init__(self) -> None:
+            self._context = usual()
+
+        def Process(self, *, target: Any, name: str, kwargs: dict[str, Any]) -> Any:  # noqa: ANN401 - vLLM's
+            tied = partial(vllm_child.run, os.getpid(), target)
+            return self._context.Process(target=tied, name=name, kwargs=kwargs)
+
+    vllm_processes.get_mp_context = Context  # its caller finds it by this name
+    try:
+        yield
+    finally:
+        vllm_processes.get_mp_context = usual
 
 
 def _arguments(settings: EngineSettings) -> AsyncEngineArgs:

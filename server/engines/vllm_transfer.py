@@ -3,6 +3,7 @@
 import asyncio
 from typing import Any
 
+from server.engines import vllm_weights
 from server.engines.base import ApplyReport
 from server.engines.vllm_process import VllmProcess, our_errors
 from server.engines.vllm_weights import VllmWeights
@@ -97,11 +98,14 @@ class VllmTransfer:
             raise WeightsError(f"version {version} does not follow version {held}, which is held")
 
     async def leave(self) -> None:
-        """Leave the group; the engine serves on."""
-        self._group = None
+        """Leave the group; the engine serves on. The worker does so once the step that it is in has ended."""
+        group, self._group = self._group, None
+        bound_s = max(vllm_weights.SWAP_SECONDS, 0.0 if group is None else group.timeout_s)
         with our_errors():
             await self._weights.alone(
-                self._bounded(self._process.ask("shutdown_weight_transfer_engine"), 0.0, "leaving")
+                self._bounded(
+                    self._process.ask("shutdown_weight_transfer_engine"), bound_s, "leaving"
+                )
             )
 
     async def _write(self, offer: TransferOffer) -> None:

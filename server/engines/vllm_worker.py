@@ -9,9 +9,6 @@ What takes long runs as a job in a thread of its own, while the engine goes on s
 memory, and hashing the tensors.
 """
 
-import ctypes
-import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -87,9 +84,6 @@ class WeightLoader:
 
         A model that fails the proof both by slots and by vLLM's loader serves, but takes no weights.
         """
-        if sys.platform == "linux":
-            # PR_SET_PDEATHSIG: a server that is killed takes this process with it; vLLM would leave it running.
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)
         model: Loadable = self.get_model()
         empty = [name for name, parameter in model.named_parameters() if parameter.numel() == 0]
         if empty:

@@ -1,7 +1,9 @@
 """A sign of life from vLLM while weights load: its worker cannot answer then, and yet it lives."""
 
 import asyncio
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ from server.engines import vllm_transfer, vllm_weights
 from server.engines.base import EngineInfo, Weights
 from server.engines.vllm import VllmEngine
 from shared.errors import EngineError, WeightsError
+from shared.transfer import TransferBackend, TransferGroup
 
 pytestmark = [pytest.mark.vllm]
 
@@ -18,6 +21,9 @@ INFO = EngineInfo(
     engine="vllm", model="none", dtype="float32", device="cpu", vocab_size=9, max_model_len=9,
     eos_token_ids=(), max_batch=1, kv_tokens=1, block_tokens=1,
 )  # fmt: skip
+GROUP = TransferGroup(
+    backend=TransferBackend.GLOO, address="127.0.0.1", port=1, rank=1, size=2, timeout_s=30.0
+)
 
 
 class FakeLLM:
@@ -28,6 +34,8 @@ class FakeLLM:
         self.loading = asyncio.Event()
         self.loaded = asyncio.Event()
         self.silent = False
+        self.speaks = asyncio.Event()
+        """Ends its silence."""
         self.resumed = False
         self.reads = True
         self.fault: str | None = None
@@ -44,7 +52,7 @@ class FakeLLM:
             await self.loaded.wait()
             return [[0.0, self.fault]]
         if self.silent:
-            await asyncio.Event().wait()
+            await self.speaks.wait()
         answers = {"spoke_stage": True, "spoke_progress": [0, self.reads, None, self.size]}
         return [answers.get(method, 0.0)]
 
@@ -120,11 +128,45 @@ async def test_a_write_that_was_undone_leaves_the_engine_as_it_was(llm) -> None:
 
 async def test_a_worker_that_does_not_leave_its_group_is_given_up(llm, monkeypatch) -> None:
     monkeypatch.setattr(vllm_transfer, "GRACE_S", 0.05)
+    monkeypatch.setattr(vllm_weights, "SWAP_SECONDS", 0.0)
     engine = VllmEngine(llm, INFO, "gloo")
     llm.silent = True
     with pytest.raises(EngineError, match="leaving a transfer group took more than"):
         await within(engine.transfer.leave())
     assert "leaving" in str(await within(engine.died()))
+
+
+@pytest.mark.parametrize(("swap_s", "group_s"), [(30.0, None), (0.0, 30.0)])
+async def test_a_worker_leaves_its_group_after_the_step_that_it_is_in(
+    llm, monkeypatch, swap_s, group_s
+) -> None:
+    monkeypatch.setattr(vllm_transfer, "GRACE_S", 0.05)
+    monkeypatch.setattr(vllm_weights, "SWAP_SECONDS", swap_s)
+    engine = VllmEngine(llm, INFO, "gloo")
+    if group_s is not None:
+        await within(engine.transfer.join(GROUP.model_copy(update={"timeout_s": group_s})))
+    llm.silent = True
+    leaving = asyncio.create_task(engine.transfer.leave())
+    done, _ = await asyncio.wait({leaving}, timeout=0.3)
+    assert not done
+    llm.speaks.set()
+    await within(leaving)
+
+
+async def test_closing_waits_for_no_process_that_does_not_end(llm) -> None:
+    """Once its caller has given it up the interpreter may end, which waits for threads that are no daemons."""
+    release = threading.Event()
+    llm.shutdown = release.wait
+    llm.resources = SimpleNamespace(ctx=None, engine_manager=None)
+    engine = VllmEngine(llm, INFO)
+    before = set(threading.enumerate())
+    try:
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(engine.close(), 0.1)
+        begun = set(threading.enumerate()) - before
+        assert [thread.daemon for thread in begun] == [True]
+    finally:
+        release.set()
 
 
 async def test_reading_that_stands_still_is_left_alone(llm, monkeypatch) -> None:

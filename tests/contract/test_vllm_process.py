@@ -5,12 +5,17 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from http.client import HTTPConnection
 from pathlib import Path
 
+import httpx
 import pytest
+from faults.parts import until
+from support import START_S
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -114,3 +119,83 @@ def test_a_server_that_is_killed_takes_its_engine_with_it(tiny_math):
         worker = json.loads(process.stdout.readline())["worker"]
         process.send_signal(signal.SIGKILL)
     assert gone(worker, 10)
+
+
+@contextlib.contextmanager
+def loading(model: Path, log: Path, method: str = "") -> Iterator[tuple[subprocess.Popen, int]]:
+    """The command as it is shipped, with no word on threads, its engine's process not there yet; its port."""
+    own = ("VLLM", "SPOKE", "OMP_", "OPENBLAS_")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(own)}
+    environment |= {"SPOKE_VLLM_START": method} if method else {}
+    argv = ["--model", str(model), "--engine", "vllm", "--kv-cache-gib", "0.1", "--port"]
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    with (
+        log.open("w") as stream,
+        subprocess.Popen(
+            [sys.executable, "-m", "server", *argv, str(port)],
+            cwd=ROOT,
+            env=environment,
+            stdout=stream,
+            stderr=stream,
+        ) as process,
+    ):
+        try:
+            yield process, port
+        finally:
+            process.kill()
+
+
+def engine_of(
+    server: subprocess.Popen, meanwhile: Callable[[], object] = lambda: None
+) -> tuple[int, str]:
+    """The process of a server's engine, as soon as it is there, and how it was started."""
+    children = Path(f"/proc/{server.pid}/task/{server.pid}/children")
+
+    def look() -> tuple[int, str] | None:
+        assert server.poll() is None, "the server ended"
+        meanwhile()
+        for child in children.read_text().split():
+            command = Path(f"/proc/{child}/cmdline").read_bytes()
+            if command.startswith(
+                b"VLLM::EngineCore"
+            ):  # its title, once it is vLLM's own code that runs
+                return int(child), "fork"
+            if b"spawn_main" in command:
+                return int(child), "spawn"
+        return None
+
+    return until(look, "vLLM's process is there", START_S)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_server_killed_while_it_loads_leaves_no_engine_and_no_port(tiny_math, tmp_path, method):
+    with loading(tiny_math, tmp_path / "log", method) as (server, port):
+        engine, found = engine_of(server)
+        server.kill()
+        server.wait()
+        try:
+            assert found == method
+            # A spawned one imports first, holding nothing.
+            assert gone(engine, 5 if method == "fork" else 60)
+            socket.create_server(("127.0.0.1", port)).close()
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(engine, signal.SIGKILL)
+
+
+def test_a_connection_from_before_the_engine_ends_when_the_server_closes_it(tiny_math, tmp_path):
+    """uvicorn closes an idle one after 5 seconds; a forked engine that had a copy would keep it open."""
+    with loading(tiny_math, tmp_path / "log") as (server, port):
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=5) as client:
+            until(lambda: client.get("/livez").is_success, "it answers", START_S)
+        with contextlib.closing(HTTPConnection("127.0.0.1", port, timeout=15)) as connection:
+
+            def ask() -> None:
+                connection.request("GET", "/livez")
+                assert connection.getresponse().read()
+
+            engine, found = engine_of(server, ask)
+            assert found == "fork"  # the quick start
+            assert connection.sock.recv(1) == b""
+        assert not gone(engine, 0)

@@ -4,6 +4,10 @@ And its first: an id under which another server lives is refused; that of one th
 """
 
 import asyncio
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 import uuid
@@ -113,6 +117,38 @@ class FakeWorker:
         import concurrent.futures
 
         return concurrent.futures.Future()
+
+
+ENDING = """
+import asyncio, multiprocessing, signal
+from server import life
+
+class FakeEngine:
+    async def close(self):
+        await asyncio.Event().wait()
+
+child = multiprocessing.get_context("fork").Process(target=signal.pause)
+child.start()
+print(child.pid, flush=True)
+life.ENGINE_CLOSE_S = 0.1
+asyncio.run(life._closed(FakeEngine()))
+"""
+
+
+def test_a_server_ends_although_its_engine_does_not() -> None:
+    """As where the engine's process stands in a driver, and no signal ends it."""
+    with subprocess.Popen(
+        [sys.executable, "-c", ENDING],
+        cwd=Path(__file__).parents[2],
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        try:
+            assert process.wait(20) == 1
+        finally:
+            os.kill(child, signal.SIGKILL)
 
 
 class FakeModel:
