@@ -1,14 +1,17 @@
 """A sign of life from vLLM while weights load: its worker cannot answer then, and yet it lives."""
 
 import asyncio
+import multiprocessing
+import os
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from server.engines import vllm_transfer, vllm_weights
+from server.engines import vllm_process, vllm_transfer, vllm_weights
 from server.engines.base import EngineInfo, Weights
 from server.engines.vllm import VllmEngine
 from shared.errors import EngineError, WeightsError
@@ -200,3 +203,29 @@ async def test_silence_has_no_bound_of_the_engines_own(llm) -> None:
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.1):
             await engine.check()
+
+
+def test_a_process_whose_exit_code_another_thread_took_is_gone(monkeypatch) -> None:
+    """vLLM watches its processes in a thread of its own, which may be the one that learns of their end."""
+    left: list[int] = []
+    monkeypatch.setattr(vllm_process, "leave_children", lambda: left.append(1))
+    process = multiprocessing.get_context("spawn").Process(target=os.getpid)
+    process.start()
+    os.waitpid(process.pid, 0)
+    assert process.is_alive(), "multiprocessing knows now: this proves nothing any more"
+    vllm_process.wait_killed(process)
+    assert not left
+
+
+def test_a_process_that_does_not_end_is_left(monkeypatch) -> None:
+    left: list[int] = []
+    monkeypatch.setattr(vllm_process, "leave_children", lambda: left.append(1))
+    monkeypatch.setattr(vllm_process, "KILLED_SECONDS", 0.1)
+    process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
+    process.start()
+    try:
+        vllm_process.wait_killed(process)
+        assert left
+    finally:
+        process.kill()
+        process.join()
