@@ -1,6 +1,5 @@
 """The fleet table of `spoke fleet` and `spoke push`, and where a push says that its version lies."""
 
-import argparse
 import asyncio
 import io
 import uuid
@@ -11,7 +10,7 @@ from rich.console import Console
 
 from shared.coordination import RedisCoordinator
 from shared.fleet import Head, ServerRecord, ServerState
-from trainer.commands import push
+from trainer.cli import main
 from trainer.commands.fleet import show
 
 HEAD = Head(version=42, manifest_digest="m", weights_digest="w", store="s", max_staleness=1)
@@ -65,10 +64,10 @@ def test_a_push_announces_the_store_as_servers_reach_it(
 ) -> None:
     run = f"run-{uuid.uuid4().hex}"
     url = "https://weights.example"
-    args = argparse.Namespace(
-        model=str(tiny_math), redis_url=redis_url, run=run, store=f"file://{tmp_path}", advertise_store=url,
-        dtype="auto", wait=5.0, keep_versions=3,
-    )  # fmt: skip
+    arguments = [
+        "push", str(tiny_math), "--redis-url", redis_url, "--run", run, "--store", f"file://{tmp_path}",
+        "--advertise-store", url, "--wait", "5",
+    ]  # fmt: skip
 
     async def head() -> Head | None:
         coordinator = RedisCoordinator(redis_url, run)
@@ -77,7 +76,7 @@ def test_a_push_announces_the_store_as_servers_reach_it(
         finally:
             await coordinator.close()
 
-    assert push.run(args) == 0
+    assert main(arguments) == 0
     assert "no server is alive" in capsys.readouterr().out
     found = asyncio.run(head())
     assert found is not None
