@@ -215,6 +215,8 @@ def test_a_process_whose_exit_code_another_thread_took_is_gone(monkeypatch) -> N
     assert process.is_alive(), "multiprocessing knows now: this proves nothing any more"
     vllm_process.wait_killed(process)
     assert not left
+    process._popen.returncode = 0  # as the other thread notes it in the end
+    assert process not in multiprocessing.active_children()
 
 
 def test_a_process_that_does_not_end_is_left(monkeypatch) -> None:
