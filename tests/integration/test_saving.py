@@ -19,6 +19,7 @@ from faults.disks import Disk, disk
 from faults.training import CONFIG
 from support import Quiet
 
+from tests.integration.test_async_training import settings_for as small_run
 from trainer import train as loop
 from trainer.config import TrainSettings
 
@@ -34,24 +35,11 @@ def run_name() -> str:
 def settings_for(
     redis_url: str, run: str, model: Path, folder: Path, pause_s: float = 20.0, **trainer: Any
 ) -> TrainSettings:
-    return TrainSettings.model_validate(
-        {
-            "run": run,
-            "model": {"path": str(model), "dtype": "float32"},
-            "data": {
-                "train": "problems:train?seed=1&count=40",
-                "heldout": "problems:heldout?seed=1&count=4",
-            },
-            "rollout": {
-                "questions": 2, "plan": {"kind": "group", "samples": 4}, "max_tokens": 16, "timeout_s": 5.0,
-            },
-            "algorithm": {"name": "grpo", "mask_threshold": "none"},
-            "trainer": {"steps": 5, "learning_rate": 1e-3, "warmup_steps": 0, "kl_coef": 0.0} | trainer,
-            "fleet": {
-                "redis_url": redis_url, "store": f"file://{folder / 'weights'}", "wait_s": 5, "pause_s": pause_s,
-            },
-            "evaluation": {"questions": 2, "samples": 1, "greedy": False},
-        }
+    return small_run(
+        redis_url, run, model,
+        rollout={"questions": 2},
+        trainer={"steps": 5} | trainer,
+        fleet={"store": f"file://{folder / 'weights'}", "pause_s": pause_s},
     )  # fmt: skip
 
 
