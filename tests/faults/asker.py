@@ -98,6 +98,9 @@ class Asker:
         until(lambda: self.trees > before + 2, "trees are sampled", BOUND_S)
 
     def told(self) -> None:
-        """Both trees that were open, which could not end, were told so."""
+        """Both trees that could not end were told so; one asked for just afterwards, that the server ends."""
         assert [problem["status"] for problem in self.refused] == [503, 503], self.refused
-        assert all("vLLM" in p["detail"] or "engine" in p["detail"] for p in self.refused)
+        for problem in self.refused:
+            # A tree may have had its last token already, and only its reward to come.
+            words = ("vLLM", "engine", "this server is draining")
+            assert any(word in problem["detail"] for word in words), problem
