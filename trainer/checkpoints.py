@@ -71,7 +71,7 @@ def save(
     Raises:
         CheckpointError: the disk is full, or refuses; nothing of the checkpoint is left.
     """
-    final = folder / "checkpoints" / f"step-{progress.step:06d}"
+    final = of(folder, progress.step)
     partial = final.with_name(final.name + PARTIAL)
     with _refusal(final, partial):
         for left in final.parent.glob(f"step-*{PARTIAL}"):
@@ -89,6 +89,11 @@ def save(
     with contextlib.suppress(OSError):  # it is whole, and has its name
         sync(str(final.parent))
     return final
+
+
+def of(folder: Path, step: int) -> Path:
+    """Where a run's checkpoint of a step lies, if there is one."""
+    return folder / "checkpoints" / f"step-{step:06d}"
 
 
 def _write(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from shared.errors import SpokeError
 from shared.redis_url import VARIABLE, from_command_line
+from trainer.stopping import StoppedError
 
 REDIS_URL = "redis://127.0.0.1:6379/0"
 
@@ -243,7 +244,8 @@ def _add_warmstart(parse: argparse.ArgumentParser) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.
 
-    Exit codes: 0 done, 1 not all of it, 2 could not (one line says why), 130 interrupted.
+    Exit codes: 0 done, 1 not all of it, 2 could not (one line says why), 130 interrupted,
+    or told to stop.
     """
     args = parser().parse_args(arguments)
     # The libraries' own bars would write over ours.
@@ -255,6 +257,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         command = importlib.import_module(f"trainer.commands.{args.command}")
         code: int = command.run(args)
+    except StoppedError as error:
+        print(f"spoke {args.command}: {error}", file=sys.stderr)
+        return 130
     except SpokeError as error:
         print(f"spoke {args.command}: {error}", file=sys.stderr)
         return 2

@@ -15,11 +15,11 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 from shared.coordination import RedisCoordinator
 from shared.errors import ConfigError, CoordinationError
 from trainer.settings import LaunchSettings
+from trainer.stopping import terminated_as_interrupted
 
 START_S = 30.0
 STOP_S = 10.0
@@ -157,26 +157,20 @@ def local_fleet(model: str, run: str, launch: LaunchSettings, folder: Path) -> I
     """
     folder.mkdir(parents=True, exist_ok=True)
     started: list[subprocess.Popen[bytes]] = []
-    before = signal.signal(signal.SIGTERM, _as_interrupt)
-    try:
-        redis, url, kind = start_redis(folder)
-        started.append(redis)
-        for number in range(1, launch.servers + 1):
-            command = server_command(model, run, url, number, launch)
-            started.append(_spawn(command, folder / f"server-{number}.log"))
-        local = Local(redis_url=url, redis_kind=kind, servers=tuple(started[1:]))
-        asyncio.run(_wait_for_servers(local, run, folder))
-        yield local
-    finally:
-        # Servers before Redis: they take themselves off the fleet table.
-        _stop(started[1:])
-        _stop(started[:1])
-        signal.signal(signal.SIGTERM, before)
-
-
-def _as_interrupt(number: int, frame: FrameType | None) -> None:
-    """SIGTERM unwinds like Ctrl-C, so that the children are ended."""
-    raise KeyboardInterrupt
+    with terminated_as_interrupted():
+        try:
+            redis, url, kind = start_redis(folder)
+            started.append(redis)
+            for number in range(1, launch.servers + 1):
+                command = server_command(model, run, url, number, launch)
+                started.append(_spawn(command, folder / f"server-{number}.log"))
+            local = Local(redis_url=url, redis_kind=kind, servers=tuple(started[1:]))
+            asyncio.run(_wait_for_servers(local, run, folder))
+            yield local
+        finally:
+            # Servers before Redis: they take themselves off the fleet table.
+            _stop(started[1:])
+            _stop(started[:1])
 
 
 async def _wait_for_servers(local: Local, run: str, folder: Path) -> None:

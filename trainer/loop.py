@@ -8,6 +8,7 @@ steps are sampled while a step trains, and versions reach the fleet in the backg
 """
 
 import asyncio
+import contextlib
 import math
 import random
 import time
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from shared.errors import CheckpointError, LeaseError, SpokeError
 from shared.fleet import Head, ServerRecord
 from shared.wire import RolloutTreeResponse
 from trainer import metrics
@@ -32,6 +34,7 @@ from trainer.replay import Replay
 from trainer.report import Reporter, Summary
 from trainer.rollouts import segments_of
 from trainer.saving import Saving
+from trainer.stopping import Stop, StoppedError
 from trainer.update import Learner, UpdateReport
 
 NOT_TRAINING = frozenset({"measure", "checkpoint"})
@@ -51,6 +54,7 @@ class Trainer:
     pipeline: Pipeline
     measuring: Measuring
     saving: Saving
+    stop: Stop
     reporter: Reporter
     summary: Summary
     log: metrics.MetricsLog
@@ -59,24 +63,32 @@ class Trainer:
     """Spent on training before this process resumed the run."""
 
     async def run(self) -> Summary:
-        """Train from where the run stands to its last step, or to the end of its budget."""
+        """Train from where the run stands to its last step, or to the end of its budget.
+
+        Raises:
+            StoppedError: it was told to stop; a checkpoint of the last whole step is there.
+        """
         total = self.settings.trainer.steps
-        await self.publish(self.pipeline.first_version, wait=True)
-        await self.measure("before")
         unused = Dropped.STOPPED
         try:
+            await self.publish(self.pipeline.first_version, wait=True)
+            await self.measure("before")
             for step in range(self.progress.step, total):
                 if self.share >= 1:
                     break
                 before = self.share
-                values = await self.step(step)
-                self.log.write(step + 1, values)
-                self.reporter.step(step + 1, total, values)
+                await self.step(step)
                 await self.finish_step(step + 1, before)
             unused = Dropped.UNUSED
+            await self.measure("after")
+        except SpokeError as error:
+            await self.pipeline.close(unused)
+            # After a LeaseError the run is another trainer's, and so may be its folder.
+            if not isinstance(error, LeaseError | CheckpointError):
+                await self.keep()
+            raise
         finally:
             await self.pipeline.close(unused)
-        await self.measure("after")
         return self.summary
 
     @property
@@ -94,50 +106,57 @@ class Trainer:
         """Spent on training so far."""
         return self.earlier_seconds + self.summary.seconds_of_training(NOT_TRAINING)
 
-    async def step(self, step: int) -> dict[str, Any]:
-        """One iteration; returns its metrics."""
+    async def step(self, step: int) -> None:
+        """One iteration. What was learnt is on record whether or not the fleet can be told of it."""
         before = dict(self.summary.seconds)
+        values = await self.train(step)
+        try:
+            await self.publish(self.progress.version + 1, wait=self.publication is None)
+            self.progress = replace(self.progress, seconds=self.seconds)
+            if self.share < 1:
+                self.pipeline.admit(step + 1)
+        finally:
+            trees = self.summary.trees.as_json()
+            self.progress = replace(self.progress, seconds=self.seconds, trees=trees)
+            self.summary.add_step(values["reward"]["mean"], self.progress)
+            values |= {
+                "ledger": trees,
+                "version": self.progress.version,
+                "seconds": {
+                    name: s - before.get(name, 0.0) for name, s in self.summary.seconds.items()
+                },
+                "published": [asdict(report) for report in self.to.publisher.reports()],
+            }
+            self.log.write(step + 1, values)
+            self.reporter.step(step + 1, self.settings.trainer.steps, values)
+
+    async def train(self, step: int) -> dict[str, Any]:
+        """Rollout, advantages, update; returns their metrics."""
         with self.summary.phase("rollout"):
             self.reporter.status("rollout")
-            rollout = await self.pipeline.take(step)
+            rollout = await self.stop.unless(self.pipeline.take(step))
         with self.summary.phase("advantages"):
             fresh = await asyncio.to_thread(self.advantages, rollout.trees)
             segments = self.replayed(fresh, step)
         with self.summary.phase("update"):
             # In a thread, so that the lease is renewed meanwhile.
             updates = await asyncio.to_thread(self.learn, segments, step)
-        trained, version = (
-            metrics.of_staleness(segments, self.progress.version),
-            self.progress.version,
-        )
-        await self.publish(version + 1, wait=self.publication is None)
         sampled = metrics.of_trees(rollout.sampled)
-        spent = {name: s - before.get(name, 0.0) for name, s in self.summary.seconds.items()}
         self.progress = replace(
             self.progress,
             step=step + 1,
             sampled_tokens=self.progress.sampled_tokens + sampled["tokens"]["sampled"],
-            seconds=self.seconds,
         )
-        if self.share < 1:
-            self.pipeline.admit(step + 1)
-        trees = self.summary.trees.as_json()
-        self.progress = replace(self.progress, trees=trees)
-        self.summary.add_step(sampled["reward"]["mean"], self.progress)
         return {
             **sampled,
             **metrics.of_segments(fresh, rollout.trees),
             **metrics.of_updates(updates),
             **metrics.of_replay(self.replay, segments),
-            **trained,
+            **metrics.of_staleness(segments, self.progress.version),
             "replaced_trees": len(rollout.without_signal),
             "dropped_trees": rollout.dropped,
             "request_ids": [tree.request_id for tree in rollout.trees],
-            "ledger": trees,
-            "version": self.progress.version,
             "sampled_tokens_total": self.progress.sampled_tokens,
-            "seconds": spent,
-            "published": [asdict(report) for report in self.to.publisher.reports()],
         }
 
     def advantages(self, trees: Sequence[RolloutTreeResponse]) -> list[Segment]:
@@ -189,11 +208,12 @@ class Trainer:
                 self.publication.start(version, tensors, snapshot_s)
         self.progress = replace(self.progress, version=version)
         if wait:
-            with phase("wait for fleet"):
-                holders = await self.to.patience.followed(head)
-            if self.publication is not None:
-                self.publication.held = version
-            self.followed(head, holders)
+            # A run that is to stop waits for nobody: what was learnt is kept, and announced.
+            with phase("wait for fleet"), contextlib.suppress(StoppedError):
+                holders = await self.stop.unless(self.to.patience.followed(head))
+                if self.publication is not None:
+                    self.publication.held = version
+                self.followed(head, holders)
 
     def followed(self, head: Head, holders: Sequence[ServerRecord]) -> None:
         """A version is held by the fleet: note who holds it, and let go of what nobody needs."""
@@ -217,7 +237,19 @@ class Trainer:
         if due and not last:
             await self.measure("during")
 
+    async def keep(self) -> None:
+        """Make a checkpoint of the last whole step, before the run ends early, where there is none yet."""
+        if self.progress.step and not self.saving.has(self.progress.step):
+            self.reporter.status("writing a checkpoint")
+            progress = replace(self.progress, trees=self.summary.trees.as_json())
+            await self.saving.save(self.learner, self.replay, progress, last=True)
+            self.reporter.say(f"step {progress.step} is kept: --resume goes on from there")
+
     async def measure(self, label: str) -> None:
+        """As `_measure`, and given up where the run is to stop."""
+        await self.stop.unless(self._measure(label))
+
+    async def _measure(self, label: str) -> None:
         """Held-out accuracy of the policy as it stands, once its version is held and no tree is in flight.
 
         Both waits are training. Trees that grew on while nobody counts seconds would make training ahead of itself

@@ -48,6 +48,10 @@ class Saving:
             or (after_s and time.monotonic() - self._since >= after_s)
         )  # fmt: skip
 
+    def has(self, step: int) -> bool:
+        """Is there a whole one of this step?"""
+        return checkpoints.of(self.folder, step).exists()
+
     async def save(
         self, learner: Learner, replay: Replay | None, progress: Progress, *, last: bool
     ) -> None:

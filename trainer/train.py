@@ -17,6 +17,7 @@ from trainer.publication import Publication
 from trainer.report import SUMMARY, Reporter, Summary, plot
 from trainer.rollouts import Sampling
 from trainer.saving import Saving
+from trainer.stopping import Stop
 
 
 async def train(
@@ -34,6 +35,7 @@ async def train(
         ConfigError: something that the user gave cannot be used.
         CoordinationError: Redis is away, another trainer holds the run, or the fleet does not follow in time.
         CheckpointError: the last checkpoint cannot be written.
+        StoppedError: SIGINT or SIGTERM came, and a checkpoint was made; see `stopping`.
     """
     open_folder(folder, resume=resume)
     async with connect(settings, folder, reporter.say) as to:
@@ -51,7 +53,8 @@ async def train(
             version = await to.publisher.next_version(earlier)
             trainer = assemble(settings, folder, reporter, to, log, start, version)
             try:
-                summary = await trainer.run()
+                with trainer.stop.listening(reporter.say):
+                    summary = await trainer.run()
             finally:
                 if trainer.publication is not None:
                     await trainer.publication.close()
@@ -96,6 +99,7 @@ def assemble(
             session=session,
         ),
         saving=Saving(settings=settings, folder=folder, say=reporter.say),
+        stop=Stop(),
         reporter=reporter,
         summary=Summary(run=settings.run, folder=folder, trees=start.ledger),
         log=log,

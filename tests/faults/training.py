@@ -54,6 +54,8 @@ class Training:
     folder: Path
     redis_url: str
     settings: dict[str, Any]
+    arguments: tuple[str, ...] = ()
+    """Further ones of `spoke train`."""
     process: Any = None
 
     @property
@@ -68,7 +70,7 @@ class Training:
     def start(self, *, resume: bool = False) -> None:
         config = self.folder / "train.toml"
         config.write_text(CONFIG.format(**self.settings))
-        argv = ["train", str(config), "--run-dir", str(self.run_dir)]
+        argv = ["train", str(config), "--run-dir", str(self.run_dir), *self.arguments]
         arguments = (
             argv + ["--resume"] * resume,
             str(self.folder / "trainer.log"),

@@ -7,6 +7,7 @@ import time
 from rich.console import Console
 
 from trainer.config import load
+from trainer.stopping import terminated_as_interrupted
 
 
 def run(args: argparse.Namespace) -> int:
@@ -18,7 +19,8 @@ def run(args: argparse.Namespace) -> int:
 
     console = Console()
     started = time.monotonic()
-    with Display(f"spoke train: {settings.run}", console) as display:
+    display = Display(f"spoke train: {settings.run}", console)
+    with terminated_as_interrupted(), display:
         summary = asyncio.run(train(settings, args.run_dir, display, resume=args.resume))
     summary.started = started
     show_summary(summary, console)
