@@ -8,11 +8,10 @@ steps are sampled while a step trains, and versions reach the fleet in the backg
 """
 
 import asyncio
-import contextlib
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -34,11 +33,13 @@ from trainer.replay import Replay
 from trainer.report import Reporter, Summary
 from trainer.rollouts import segments_of
 from trainer.saving import Saving
-from trainer.stopping import Stop, StoppedError
+from trainer.stopping import Stop
 from trainer.update import Learner, UpdateReport
 
 NOT_TRAINING = frozenset({"measure", "checkpoint"})
 """Phases that no budget counts: no tree of training is in flight in any of them."""
+STOP_GRACE_S = 10.0
+"""That a publication has when the run is told to stop: without Redis or store it would wait for its bound."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -66,7 +67,7 @@ class Trainer:
         """Train from where the run stands to its last step, or to the end of its budget.
 
         Raises:
-            StoppedError: it was told to stop; a checkpoint of the last whole step is there.
+            StoppedError: it was told to stop; of the last step that was done, if any, there is a checkpoint.
         """
         total = self.settings.trainer.steps
         unused = Dropped.STOPPED
@@ -107,28 +108,39 @@ class Trainer:
         return self.earlier_seconds + self.summary.seconds_of_training(NOT_TRAINING)
 
     async def step(self, step: int) -> None:
-        """One iteration. What was learnt is on record whether or not the fleet can be told of it."""
+        """One iteration. A step that was trained is on record although its weights cannot be published."""
         before = dict(self.summary.seconds)
         values = await self.train(step)
         try:
             await self.publish(self.progress.version + 1, wait=self.publication is None)
-            self.progress = replace(self.progress, seconds=self.seconds)
-            if self.share < 1:
-                self.pipeline.admit(step + 1)
-        finally:
-            trees = self.summary.trees.as_json()
-            self.progress = replace(self.progress, seconds=self.seconds, trees=trees)
-            self.summary.add_step(values["reward"]["mean"], self.progress)
-            values |= {
-                "ledger": trees,
-                "version": self.progress.version,
-                "seconds": {
-                    name: s - before.get(name, 0.0) for name, s in self.summary.seconds.items()
-                },
-                "published": [asdict(report) for report in self.to.publisher.reports()],
-            }
-            self.log.write(step + 1, values)
-            self.reporter.step(step + 1, self.settings.trainer.steps, values)
+        except SpokeError as error:
+            if not isinstance(error, LeaseError):
+                self.record(values, before)
+            raise
+        self.progress = replace(self.progress, seconds=self.seconds)
+        if self.share < 1:
+            self.pipeline.admit(step + 1)
+        self.record(values, before)
+
+    def record(self, values: dict[str, Any], before: Mapping[str, float]) -> None:
+        """Write down the step that was done last.
+
+        Args:
+            values: metrics of its training.
+            before: seconds by phase before it.
+        """
+        trees, step = self.summary.trees.as_json(), self.progress.step
+        self.progress = replace(self.progress, seconds=self.seconds, trees=trees)
+        self.summary.add_step(values["reward"]["mean"], self.progress)
+        spent = {name: s - before.get(name, 0.0) for name, s in self.summary.seconds.items()}
+        values |= {
+            "ledger": trees,
+            "version": self.progress.version,
+            "seconds": spent,
+            "published": [asdict(report) for report in self.to.publisher.reports()],
+        }
+        self.log.write(step, values)
+        self.reporter.step(step, self.settings.trainer.steps, values)
 
     async def train(self, step: int) -> dict[str, Any]:
         """Rollout, advantages, update; returns their metrics."""
@@ -194,6 +206,9 @@ class Trainer:
             version: their number.
             wait: until the fleet holds them; else the next rollouts wait for that, and training goes on as soon as
                 the weights are copied.
+
+        Raises:
+            StoppedError: the run is to stop, and they are not announced or not held yet.
         """
         self.reporter.status(f"publishing version {version}")
         phase = self.summary.phase
@@ -203,17 +218,19 @@ class Trainer:
             tensors = await asyncio.to_thread(state_tensors, self.learner.policy, dtype)
             snapshot_s = time.monotonic() - begun
             if wait:
-                head = await self.to.publisher.publish(version, tensors, snapshot_s=snapshot_s)
+                head = await self.stop.unless(
+                    self.to.publisher.publish(version, tensors, snapshot_s=snapshot_s),
+                    grace_s=STOP_GRACE_S,
+                )
             elif self.publication is not None:
                 self.publication.start(version, tensors, snapshot_s)
         self.progress = replace(self.progress, version=version)
         if wait:
-            # A run that is to stop waits for nobody: what was learnt is kept, and announced.
-            with phase("wait for fleet"), contextlib.suppress(StoppedError):
+            with phase("wait for fleet"):
                 holders = await self.stop.unless(self.to.patience.followed(head))
-                if self.publication is not None:
-                    self.publication.held = version
-                self.followed(head, holders)
+            if self.publication is not None:
+                self.publication.held = version
+            self.followed(head, holders)
 
     def followed(self, head: Head, holders: Sequence[ServerRecord]) -> None:
         """A version is held by the fleet: note who holds it, and let go of what nobody needs."""
@@ -238,12 +255,18 @@ class Trainer:
             await self.measure("during")
 
     async def keep(self) -> None:
-        """Make a checkpoint of the last whole step, before the run ends early, where there is none yet."""
-        if self.progress.step and not self.saving.has(self.progress.step):
-            self.reporter.status("writing a checkpoint")
-            progress = replace(self.progress, trees=self.summary.trees.as_json())
-            await self.saving.save(self.learner, self.replay, progress, last=True)
-            self.reporter.say(f"step {progress.step} is kept: --resume goes on from there")
+        """Make a checkpoint of the last step that was done, before the run ends early, where there is none yet."""
+        step = self.progress.step
+        if not step:
+            return
+        try:
+            if not self.saving.has(step):
+                self.reporter.status("writing a checkpoint")
+                await self.saving.save(self.learner, self.replay, self.progress, last=True)
+        except CheckpointError as error:  # what ends the run is to be said last
+            self.reporter.say(str(error))
+        else:
+            self.reporter.say(f"step {step} is kept: `spoke train … --resume` goes on from it")
 
     async def measure(self, label: str) -> None:
         """As `_measure`, and given up where the run is to stop."""

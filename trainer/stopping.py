@@ -1,16 +1,16 @@
 """A run that is told to end: Ctrl-C, or SIGTERM as Docker, Slurm and systemd send it.
 
-The first one lets what computes end (an update, a publication), gives up what only waits or samples, and a
-checkpoint is made. The next one acts as if nobody listened here: the run ends at once.
+The first one lets an update end, gives up what samples or waits, and a checkpoint is made. The next one acts as if
+nobody listened here: the run ends without.
 """
 
 import asyncio
 import contextlib
 import signal
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from types import FrameType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from shared.errors import SpokeError
 
@@ -35,15 +35,24 @@ class Stop:
         """Tell the run to end."""
         self._asked.set()
 
-    async def unless(self, work: Awaitable[T]) -> T:
+    async def unless(self, work: Coroutine[Any, Any, T], *, grace_s: float = 0.0) -> T:
         """The result of something that may be given up at any time.
+
+        Args:
+            work: not begun yet; it never is once the run is to end, unless it has some time.
+            grace_s: that it has to end once the run is to.
 
         Raises:
             StoppedError: the run is to end before that is done, which is cancelled then.
         """
+        if self._asked.is_set() and not grace_s:
+            work.close()
+            raise StoppedError
         task, asked = asyncio.ensure_future(work), asyncio.ensure_future(self._asked.wait())
         try:
             await asyncio.wait({task, asked}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done() and grace_s:
+                await asyncio.wait({task}, timeout=grace_s)
             if not task.done():
                 raise StoppedError
             return task.result()
@@ -66,9 +75,11 @@ class Stop:
             return
         loop = asyncio.get_running_loop()
         former = {number: signal.getsignal(number) for number in SIGNALS}
+        # A shell has its background jobs ignore Ctrl-C.
+        ours = [number for number in SIGNALS if former[number] is not signal.SIG_IGN]
 
         def restore() -> None:
-            for number in SIGNALS:
+            for number in ours:
                 if loop.remove_signal_handler(number):
                     signal.signal(number, former[number] or signal.SIG_DFL)
 
@@ -76,11 +87,11 @@ class Stop:
             restore()  # for the next one
             self.ask()
             say(
-                f"{number.name}: the run stops with a checkpoint, once what it computes is done; another one "
-                "ends it at once"
+                f"{number.name}: the run stops with a checkpoint, after the update that is under way, if one is; "
+                "another signal stops it without"
             )
 
-        for number in SIGNALS:
+        for number in ours:
             loop.add_signal_handler(number, first, number)
         try:
             yield

@@ -35,7 +35,7 @@ async def train(
         ConfigError: something that the user gave cannot be used.
         CoordinationError: Redis is away, another trainer holds the run, or the fleet does not follow in time.
         CheckpointError: the last checkpoint cannot be written.
-        StoppedError: SIGINT or SIGTERM came, and a checkpoint was made; see `stopping`.
+        StoppedError: SIGINT or SIGTERM came; see `Trainer.run`.
     """
     open_folder(folder, resume=resume)
     async with connect(settings, folder, reporter.say) as to:

@@ -3,8 +3,8 @@
 No checkpoint is made on the way here, so what is there afterwards was made at the end.
 """
 
+import re
 import signal
-import time
 
 import pytest
 from faults.conftest import Run
@@ -34,7 +34,7 @@ def ends(training: Training, code: int, *lines: str) -> int:
     done = training.lines()[-1]["step"]
     assert [path.name for path in training.checkpoints()] == [f"step-{done:06d}"]
     said = training.log.splitlines()[-len(lines) - 1 :]
-    assert said[0].endswith(f" step {done} is kept: --resume goes on from there")
+    assert said[0].endswith(f" step {done} is kept: `spoke train … --resume` goes on from it")
     assert said[1:] == list(lines)
     return int(done)
 
@@ -86,30 +86,43 @@ def test_a_run_that_gives_up_keeps_what_it_learnt(run: Run) -> None:
     )  # fmt: skip
 
 
-def test_a_second_signal_ends_a_run_that_publishes(run: Run) -> None:
-    run.member("one")
-    training = begin(run, 0)
-    training.until(training.lines, "a step")
-    run.redis.kill()  # so that a publication waits for it, a minute here
-    training.until(lambda: "publishing waits" in training.log, "an outage")
+def test_a_step_that_cannot_be_published_is_kept(run: Run) -> None:
+    training = without_redis(run, "--set", "fleet.pause_s=3")
+    training.process.join(SOON_S)
+    ends_unpublished(training, 2, training.log.splitlines()[-1])
+
+
+def test_a_publication_that_waits_does_not_keep_a_run_from_stopping(run: Run) -> None:
+    training = without_redis(run)
+    send(training.process, signal.SIGTERM)
+    ends_unpublished(training, 130, "spoke train: stopped, as it was told to")
+
+
+def test_a_second_signal_ends_it_without(run: Run) -> None:
+    training = without_redis(run)
     send(training.process, signal.SIGTERM)
     training.until(lambda: "SIGTERM: the run stops" in training.log, "the first signal")
-    time.sleep(1.0)
-    assert training.process.exitcode is None, training.log
     send(training.process, signal.SIGTERM)
     training.process.join(SOON_S)
     assert training.process.exitcode == 130, training.log[-3000:]
     assert training.log.splitlines()[-1] == "spoke train: interrupted"
+    assert not training.checkpoints()
 
 
-def test_a_step_that_cannot_be_published_is_kept(run: Run) -> None:
+def without_redis(run: Run, *arguments: str) -> Training:
+    """A run that has done a step, and waits with the next version, for two minutes at most."""
     run.member("one")
-    training = begin(run, 0, "--set", "fleet.wait_s=3", "--set", "fleet.pause_s=3")
+    training = begin(run, 0, *arguments)
     training.until(training.lines, "a step")
     run.redis.kill()
-    training.until(lambda: "publishing waits" in training.log, "an outage")
-    training.process.join(SOON_S)
-    done = ends(training, 2, training.log.splitlines()[-1])
-    last = training.lines()[-1]
+    waits = re.compile(r"version \d+ waits: ")
+    training.until(lambda: waits.search(training.log), "a version that waits")
+    return training
+
+
+def ends_unpublished(training: Training, code: int, line: str) -> None:
+    """As `ends`, in the middle of a publication."""
+    done = ends(training, code, line)
+    before, last = training.lines()[-2:]
     assert (last["step"], last["published"]) == (done, [])
-    assert last["version"] == training.lines()[-2]["version"]
+    assert last["version"] == before["version"]

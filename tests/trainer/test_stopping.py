@@ -40,10 +40,25 @@ async def test_what_waits_is_cancelled_and_has_ended() -> None:
 
 
 async def test_once_the_run_is_to_end_nothing_is_waited_for() -> None:
-    stop = Stop()
+    stop, begun = Stop(), []
     stop.ask()
+
+    async def work() -> None:
+        begun.append(True)
+
     with pytest.raises(StoppedError):
-        await stop.unless(asyncio.sleep(60))
+        await stop.unless(work())
+    assert not begun
+    await stop.unless(work(), grace_s=1.0)
+    assert begun
+
+
+async def test_what_has_some_time_is_cancelled_after_it() -> None:
+    stop = Stop()
+    asyncio.get_running_loop().call_later(0.01, stop.ask)
+    assert await stop.unless(asyncio.sleep(0.05, "done"), grace_s=60.0) == "done"
+    with pytest.raises(StoppedError):
+        await stop.unless(asyncio.sleep(60), grace_s=0.01)
 
 
 async def test_one_who_is_cancelled_cancels_it() -> None:
@@ -61,6 +76,15 @@ async def test_one_who_is_cancelled_cancels_it() -> None:
     with pytest.raises(asyncio.CancelledError):
         await task
     assert ended.is_set()
+
+
+async def test_who_ignores_ctrl_c_goes_on_to() -> None:
+    former = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Stop().listening(print):
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, former)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
