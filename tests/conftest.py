@@ -24,6 +24,16 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(autouse=True)
+def _ctrl_c() -> Iterator[None]:
+    """A test that leaves another handler behind would make a later one hang that sends Ctrl-C."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    after = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before or signal.default_int_handler)
+    assert after is before, f"the test left a handler of Ctrl-C behind: {after}"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Where vLLM cannot be installed its tests say so; in CI they fail instead."""
     if importlib.util.find_spec("vllm") is None and os.environ.get("CI") != "true":

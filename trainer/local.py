@@ -30,6 +30,6 @@ def train_here(settings: TrainSettings, folder: Path, display: Display) -> Summa
         fleet = settings.fleet.model_copy(update={"redis_url": local.redis_url})
         here: TrainSettings = settings.model_copy(update={"fleet": fleet})
         started = time.monotonic()
-        summary = asyncio.run(train(here, folder, display))
+        summary = asyncio.run(train(here, folder, display, signals=True))
         summary.started = started
     return summary

@@ -7,7 +7,6 @@ nobody listened here: the run ends without.
 import asyncio
 import contextlib
 import signal
-import threading
 from collections.abc import Callable, Coroutine, Iterator
 from types import FrameType
 from typing import Any, TypeVar
@@ -65,14 +64,11 @@ class Stop:
 
     @contextlib.contextmanager
     def listening(self, say: Callable[[str], None]) -> Iterator[None]:
-        """Be asked by the first signal that comes in the block; none comes outside of the main thread.
+        """Be asked by the first signal that comes in the block, in the main thread; one block at a time.
 
         Args:
             say: told of the signal.
         """
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
         loop = asyncio.get_running_loop()
         former = {number: signal.getsignal(number) for number in SIGNALS}
         # A shell has its background jobs ignore Ctrl-C.

@@ -1,6 +1,7 @@
 """One training run from its settings to its summary: connected, loaded, put together for the loop."""
 
 import asyncio
+import contextlib
 import json
 import secrets
 from pathlib import Path
@@ -21,7 +22,12 @@ from trainer.stopping import Stop
 
 
 async def train(
-    settings: TrainSettings, folder: Path, reporter: Reporter, *, resume: bool = False
+    settings: TrainSettings,
+    folder: Path,
+    reporter: Reporter,
+    *,
+    resume: bool = False,
+    signals: bool = False,
 ) -> Summary:
     """Run a training run to its end.
 
@@ -30,12 +36,13 @@ async def train(
         folder: takes metrics, checkpoints and the plot.
         reporter: shows progress.
         resume: go on from the newest checkpoint in `folder`.
+        signals: SIGINT and SIGTERM stop it with a checkpoint: for a program's main thread, one run at a time.
 
     Raises:
         ConfigError: something that the user gave cannot be used.
         CoordinationError: Redis is away, another trainer holds the run, or the fleet does not follow in time.
         CheckpointError: the last checkpoint cannot be written.
-        StoppedError: SIGINT or SIGTERM came; see `Trainer.run`.
+        StoppedError: such a signal came; see `Trainer.run`.
     """
     open_folder(folder, resume=resume)
     async with connect(settings, folder, reporter.say) as to:
@@ -53,7 +60,7 @@ async def train(
             version = await to.publisher.next_version(earlier)
             trainer = assemble(settings, folder, reporter, to, log, start, version)
             try:
-                with trainer.stop.listening(reporter.say):
+                with trainer.stop.listening(reporter.say) if signals else contextlib.nullcontext():
                     summary = await trainer.run()
             finally:
                 if trainer.publication is not None:

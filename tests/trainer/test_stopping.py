@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import os
 import signal
-import threading
 
 import pytest
 
@@ -113,20 +112,6 @@ async def test_handlers_are_as_before_afterwards() -> None:
     with Stop().listening(print):
         assert [signal.getsignal(number) for number in SIGNALS] != before
     assert [signal.getsignal(number) for number in SIGNALS] == before
-
-
-def test_in_another_thread_nobody_listens() -> None:
-    before = [signal.getsignal(number) for number in SIGNALS]
-    seen: list[object] = []
-
-    async def run() -> None:
-        with Stop().listening(print):
-            seen.extend(signal.getsignal(number) for number in SIGNALS)
-
-    thread = threading.Thread(target=lambda: asyncio.run(run()))
-    thread.start()
-    thread.join()
-    assert seen == before
 
 
 def test_sigterm_unwinds_like_ctrl_c() -> None:

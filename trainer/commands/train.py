@@ -21,7 +21,9 @@ def run(args: argparse.Namespace) -> int:
     started = time.monotonic()
     display = Display(f"spoke train: {settings.run}", console)
     with terminated_as_interrupted(), display:
-        summary = asyncio.run(train(settings, args.run_dir, display, resume=args.resume))
+        summary = asyncio.run(
+            train(settings, args.run_dir, display, resume=args.resume, signals=True)
+        )
     summary.started = started
     show_summary(summary, console)
     return 0
