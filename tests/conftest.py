@@ -26,12 +26,15 @@ def pytest_configure() -> None:
 
 @pytest.fixture(autouse=True)
 def _ctrl_c() -> Iterator[None]:
-    """A test that leaves another handler behind would make a later one hang that sends Ctrl-C."""
+    """A test that leaves asyncio's empty handler behind would make a later one hang that sends Ctrl-C."""
     before = signal.getsignal(signal.SIGINT)
     yield
     after = signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGINT, before or signal.default_int_handler)
-    assert after is before, f"the test left a handler of Ctrl-C behind: {after}"
+    # Fixtures that are torn down in another loop may leave a loop's own one, which raises KeyboardInterrupt.
+    assert getattr(after, "__name__", "") != "_sighandler_noop", (
+        "the test left Ctrl-C without effect"
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -9,8 +9,9 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -155,3 +156,24 @@ class Quiet:
 
     def measured(self, label: str, measurement: Any) -> None:
         self.measured_labels.append(label)
+
+
+@contextlib.contextmanager
+def stalls() -> Iterator[Callable[[], float]]:
+    """Longest time in the block for which this process did not run, seconds: what a machine adds to any wait."""
+    worst, ended = 0.0, threading.Event()
+
+    def look() -> None:
+        nonlocal worst
+        while not ended.is_set():
+            before = time.monotonic()
+            ended.wait(0.01)
+            worst = max(worst, time.monotonic() - before - 0.01)
+
+    thread = threading.Thread(target=look, daemon=True)
+    thread.start()
+    try:
+        yield lambda: worst
+    finally:
+        ended.set()
+        thread.join()

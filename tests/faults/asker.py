@@ -13,6 +13,7 @@ from faults.parts import Member, until
 
 BOUND_S = 60.0
 """Of anything here: nothing waits for ever."""
+NOBODY = "nobody listens there any more"
 TREE = {
     "prompt": "Ana has 12 apples. She buys 5 more. How many apples does Ana have now?\n",
     "plan": {"kind": "tree", "branch_factors": [6, 4, 4, 2], "segment_tokens": 24},
@@ -67,6 +68,9 @@ class Asker:
             while not self.ended:
                 try:
                     answer = client.post("/rollout_tree", json=TREE, headers={"Accept": form})
+                except httpx.ConnectError:  # asked for just after the server ended
+                    self.refused.append({"status": 503, "detail": NOBODY})
+                    return
                 except httpx.TransportError as error:  # an answer that was owed
                     self.wrong.append(repr(error))
                     return
@@ -102,5 +106,5 @@ class Asker:
         assert [problem["status"] for problem in self.refused] == [503, 503], self.refused
         for problem in self.refused:
             # A tree may have had its last token already, and only its reward to come.
-            words = ("vLLM", "engine", "this server is draining")
+            words = ("vLLM", "engine", "this server is draining", NOBODY)
             assert any(word in problem["detail"] for word in words), problem

@@ -77,6 +77,15 @@ class Run:
 
         return {record.server_id: record for record in asyncio.run(read())}
 
+    def record(self, name: str) -> ServerRecord | None:
+        """A server's record; None where a stall outlasted it."""
+        return self.table().get(name)
+
+    def failure(self, name: str) -> str | None:
+        """What a server says that went wrong last."""
+        record = self.record(name)
+        return record.last_error if record else None
+
     def check(self, *members: Member) -> None:
         """Whoever says ready holds, tensor by tensor, the very bytes that the trainer had of its version."""
         for one in members:

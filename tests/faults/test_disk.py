@@ -23,7 +23,7 @@ def small(tmp_path: Path) -> Iterator[Disk]:
 
 
 def told(run: Run, member: Member) -> str:
-    error = until(lambda: run.table()[member.name].last_error, "the full disk is told of")
+    error = until(lambda: run.failure(member.name), "the full disk is told of")
     assert isinstance(error, str)
     return error
 
@@ -77,7 +77,7 @@ def test_a_full_disk_at_a_server(run: Run, small: Disk) -> None:
         newest = run.publish(leader)
         one.wait_version(newest)
         run.check(one)
-        until(lambda: run.table()["one"].last_error is None, "the error is forgotten")
+        until(lambda: (r := run.record("one")) and r.last_error is None, "the error is forgotten")
 
 
 def goes_on(run: Run, small: Disk, leader: Leader, one: Member) -> int:
@@ -96,7 +96,7 @@ def goes_on(run: Run, small: Disk, leader: Leader, one: Member) -> int:
 
 
 def test_a_full_disk_at_the_store(run: Run, small: Disk) -> None:
-    arguments = ("--store", f"file://{small.folder}", "--share", "0.2", "--wait", "3")
+    arguments = ("--store", f"file://{small.folder}", "--share", "0.2", "--wait", "10")
     leader = run.leader(*arguments)
     one = run.member("one")
     newest = run.publish(leader)
@@ -111,7 +111,8 @@ def test_a_full_disk_at_the_store(run: Run, small: Disk) -> None:
     assert "free some room" in ended
     assert "\n" not in ended
     stays(run, one, newest)
-    assert run.table()["one"].head == newest, "nothing was announced"
+    record = until(lambda: run.record("one"), "its record")
+    assert record.head == newest, "something was announced"
     small.free(leader.process)
     newest = run.publish(run.leader(*arguments))
     one.wait_version(newest)

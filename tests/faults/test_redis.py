@@ -104,7 +104,7 @@ def test_old_news_changes_nothing(run: Run) -> None:
         other = old.model_copy(update={"version": newest, "weights_digest": "other"})
         raw.hset(keys.head, mapping=other.fields())
         raw.xadd(keys.events, {"version": newest})
-        error = until(lambda: run.table()["one"].last_error, "the other weights are refused")
+        error = until(lambda: run.failure("one"), "the other weights are refused")
         assert "never used twice" in error
         run.check(one)
         raw.delete(keys.head)
@@ -120,11 +120,13 @@ def test_clocks_that_jump(run: Run) -> None:
     one.wait_ready()
     keys = Keys(run.name)
     for offset in (86400.0, -86400.0, 0.0):
-        (one.signs / "offset").write_text(str(offset))
+        new = one.signs / "offset.new"
+        new.write_text(str(offset))
+        new.rename(one.signs / "offset")  # it is read all the time
         newest = run.publish(leader)
         one.wait_version(newest, bound_s=20)
         run.check(one)
-        assert run.table().keys() == {"one"}
+        until(lambda: run.table().keys() == {"one"}, "it is in the table")
     with redis.Redis.from_url(run.redis.url, decode_responses=True) as raw:
         # As a Redis whose clock was a year ahead for a moment: its own ids are lower afterwards.
         raw.xadd(keys.events, {"version": newest}, id=f"{int((time.time() + 3e7) * 1000)}-0")

@@ -75,19 +75,19 @@ def test_a_run_without_servers_stops_as_well(run: Run) -> None:
 
 def test_a_run_that_gives_up_keeps_what_it_learnt(run: Run) -> None:
     one = run.member("one")
-    training = begin(run, 0, "--set", "fleet.pause_s=3")
+    training = begin(run, 0, "--set", "fleet.pause_s=8")
     training.until(training.lines, "a step")
     one.send(signal.SIGKILL)
     training.until(lambda: "0 of 1 servers serve" in training.log, "the pause")
     ends(
         training, 2,
-        "spoke train: 0 of 1 servers serve after a pause of 3 s; start servers, then --resume, or lower "
+        "spoke train: 0 of 1 servers serve after a pause of 8 s; start servers, then --resume, or lower "
         "fleet.min_servers",
     )  # fmt: skip
 
 
 def test_a_step_that_cannot_be_published_is_kept(run: Run) -> None:
-    training = without_redis(run, "--set", "fleet.pause_s=3")
+    training = without_redis(run, "--set", "fleet.pause_s=8")
     training.process.join(SOON_S)
     ends_unpublished(training, 2, training.log.splitlines()[-1])
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from faults.conftest import Run
+from faults.parts import until
 
 
 @pytest.mark.parametrize("place", ["files", "manifest"])
@@ -30,7 +31,7 @@ def test_a_trainer_killed_mid_publish(run: Run, place: str) -> None:
     assert run.publish(second) == 2
     one.wait_version(2)
     run.check(one)
-    assert not half.exists(), "what a dead publication left is cleaned away"
+    until(lambda: not half.exists(), "what a dead publication left is cleaned away")
 
 
 def test_a_trainer_stopped_past_its_lease_publishes_no_more(run: Run) -> None:

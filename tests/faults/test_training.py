@@ -11,6 +11,7 @@
 
 import hashlib
 import random
+import re
 import signal
 import time
 from pathlib import Path
@@ -117,7 +118,8 @@ def test_a_run_through_everything(run: Run, staleness: int) -> None:
         last = run.member("last")
         training.process.join(90)
     assert training.process.exitcode == 0, training.log[-3000:]
-    assert "enough servers serve (1); going on" in training.log[said:]
+    # More than one, where a server told the new Redis of itself just before it was killed.
+    assert re.search(r"enough servers serve \(\d\); going on", training.log[said:])
     watch.check()
     check_books(training.lines(), training.summary()["trees"])
     last.wait_version(watch.seen[-1][0])

@@ -128,7 +128,7 @@ async def test_a_server_lost_mid_tree_while_weights_change_and_another_joins(
     await coordinator.close()
     trees = list(load.trees.values())
     assert len(trees) == next(load.numbers), "one that was asked for never came"
-    assert waited <= 3 * AT_ONCE, "the server that joined was not used"
+    assert waited <= 10 * AT_ONCE, "the server that joined was not used"
     assert any(tree.usage.given_tokens for tree in trees), "nothing of the lost server was kept"
     assert any(tree.weight_versions.min < tree.weight_versions.max for tree in trees)
     for one in (steady, late):

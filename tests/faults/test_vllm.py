@@ -85,7 +85,7 @@ def fleet(tiny_math: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 def test_a_server_answers_while_vllm_loads(fleet: Fleet) -> None:
     member = fleet.member
     answers: list[httpx.Response] = []
-    with httpx.Client(base_url=member.url, timeout=5.0) as client:  # each within these seconds
+    with httpx.Client(base_url=member.url, timeout=20.0) as client:  # each within these seconds
 
         def reached() -> bool:
             """From the first moment on, and all the while."""

@@ -108,12 +108,12 @@ async def test_a_client_that_goes_away_takes_its_tree_with_it(
             await until(lambda: metric(process.url, "spoke_trees_in_flight") == 1)
             leaving.cancel()
             took = await until(lambda: metric(process.url, "spoke_trees_in_flight") == 0)
-            assert took < 1.0
+            assert took < 10
             assert metric(process.url, 'spoke_trees_total{outcome="cancelled"}') == 1
             # To the last engine request: 4,000 samples would keep both rows for minutes.
             began = time.monotonic()
             assert (await client.post("/rollout_tree", json=body())).status_code == 200
-            assert time.monotonic() - began < 5
+            assert time.monotonic() - began < 20
 
 
 async def test_a_reader_that_leaves_a_stream_takes_its_tree_with_it(
@@ -126,7 +126,7 @@ async def test_a_reader_that_leaves_a_stream_takes_its_tree_with_it(
             async with request as answer:
                 await anext(answer.aiter_lines())  # nodes come while 4,000 others wait
                 assert metric(process.url, "spoke_trees_in_flight") == 1
-            assert await until(lambda: metric(process.url, "spoke_trees_in_flight") == 0) < 1.0
+            assert await until(lambda: metric(process.url, "spoke_trees_in_flight") == 0) < 10
             assert (await client.post("/rollout_tree", json=body())).status_code == 200
         assert "was destroyed" not in process.log.read_text()
 
@@ -146,7 +146,7 @@ async def test_many_readers_that_leave_streams_leave_nothing(
             for _ in range(6):
                 await leave(client)
                 await until(lambda: metric(process.url, "spoke_engine_sequences") == 0)
-        assert await until(lambda: metric(process.url, "spoke_tasks") <= tasks, 5) < 1.0
+        assert await until(lambda: metric(process.url, "spoke_tasks") <= tasks, 30) < 10
         assert "was destroyed" not in process.log.read_text()
 
 

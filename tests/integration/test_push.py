@@ -243,7 +243,11 @@ async def test_a_checkpoint_that_does_not_fit_changes_nothing(
         done = await asyncio.to_thread(push, following, wider, "--force", wait=3.0)
         assert done.returncode == 1, done.stdout
         coordinator = RedisCoordinator(following.redis_url, following.run)
-        record = next(r for r in await coordinator.servers() if r.url == following.url)
+        for _ in range(300):
+            record = next(r for r in await coordinator.servers() if r.url == following.url)
+            if record.last_error:
+                break
+            await asyncio.sleep(0.1)
         await coordinator.close()
         assert f"version {before + 1}" in (record.last_error or "")
         assert await version_of(client) == before

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import pytest_asyncio
+from support import stalls
 
 from server.rewards import Grade, RewardPool
 from server.rewards.process import Process
@@ -224,15 +225,16 @@ async def test_a_leaf_that_costs_its_process_costs_one_and_no_other_leaf(
     response = response.format(log=log)
     bad = asyncio.create_task(pool.grade("fault", ["a", "b", response, "c", "d"], "", {}))
     worst = 0.0
-    while not bad.done():
-        before = time.monotonic()
-        assert await pool.grade("fault", ["x", "y"], "", {}) == [GOOD, GOOD]
-        worst = max(worst, time.monotonic() - before)
+    with stalls() as stalled:
+        while not bad.done():
+            before = time.monotonic()
+            assert await pool.grade("fault", ["x", "y"], "", {}) == [GOOD, GOOD]
+            worst = max(worst, time.monotonic() - before)
     first, second, failed, *others = bad.result()
     assert [first, second, *others] == [GOOD] * 4
     assert failed == Grade(reward=0.0, error=failed.error)
     assert failed.error.startswith(error)
-    assert worst < 2 * LIMIT_S
+    assert worst - stalled() < 2 * LIMIT_S
     assert await pool.grade("fault", [f"later {n}" for n in range(8)], "", {}) == [GOOD] * 8
     await until(lambda: pool.stats["fault"].restarts == restarts + 1)
     await until(lambda: len(workers()) == len(groups))
@@ -304,10 +306,11 @@ async def test_every_worker_killed_while_idle_is_replaced(pool):
 async def test_the_event_loop_runs_on_and_so_do_other_trees(pool):
     hanging = asyncio.create_task(pool.grade("fault", ["loop"], "", {}))
     worst, before = 0.0, time.monotonic()
-    while not hanging.done():
-        assert await pool.grade("fault", ["quick"], "", {}) == [GOOD]
-        worst, before = max(worst, time.monotonic() - before), time.monotonic()
-    assert worst < LIMIT_S
+    with stalls() as stalled:
+        while not hanging.done():
+            assert await pool.grade("fault", ["quick"], "", {}) == [GOOD]
+            worst, before = max(worst, time.monotonic() - before), time.monotonic()
+    assert worst - stalled() < LIMIT_S
     assert hanging.result()[0].error is not None
 
 
@@ -338,7 +341,7 @@ async def test_a_tree_that_is_given_up_leaves_the_line(own_modules, tmp_path):
         assert await pool.grade("logged", ["next"], "", options) == [GOOD]
         graded = (tmp_path / "log").read_text().split()
         assert graded[-1] == "next"
-        assert len(graded) < 10  # one turn
+        assert len(graded) < 100  # one turn, or a few on a machine that stands still
     finally:
         await pool.close()
 
