@@ -257,12 +257,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
         command = importlib.import_module(f"trainer.commands.{args.command}")
         code: int = command.run(args)
-    except StoppedError as error:
-        print(f"spoke {args.command}: {error}", file=sys.stderr)
-        return 130
     except SpokeError as error:
         print(f"spoke {args.command}: {error}", file=sys.stderr)
-        return 2
+        return 130 if isinstance(error, StoppedError) else 2
     except OSError as error:
         from shared.receiving import FULL
 
